@@ -28,46 +28,36 @@ class GPTConfig:
     gelu_tanh: bool = False  # the tanh approximation of GELU, which GPT-2 was trained with
 
     def saved(self):
-        """Return the fields as nanoGPT knows them; one of ours only where it departs from it."""
+        """Return the fields for a checkpoint: nanoGPT's, and gelu_tanh only where it is on."""
         fields = asdict(self)
         return fields if self.gelu_tanh else {k: v for k, v in fields.items() if k != "gelu_tanh"}
 
-
-class KVCache:
-    """The keys and values that one layer has seen, in buffers allocated once."""
-
-    def __init__(self, capacity):
-        self.capacity, self.length = capacity, 0
-        self.keys = self.values = None  # (B, H, capacity, D), of the dtype that attention computes in
-
-    def append(self, k, v):
-        """Store k and v, (B, H, T, D), behind what is there; return all that is there."""
-        if self.keys is None:
-            B, H, _, D = k.shape
-            self.keys, self.values = (x.new_empty(B, H, self.capacity, D) for x in (k, v))
-        end = self.length + k.size(2)
-        self.keys[:, :, self.length : end] = k
-        self.values[:, :, self.length : end] = v
-        self.length = end
-        return self.keys[:, :, :end], self.values[:, :, :end]
+    @classmethod
+    def restored(cls, fields, dropout):
+        """Return the config that a checkpoint saved as `fields`, with another dropout."""
+        try:
+            return cls(**{**fields, "dropout": dropout})
+        except TypeError as fault:
+            raise ValueError(f"the checkpoint is of another kind of model: {fault}") from None
 
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v at once
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x, cache=None):
+    def forward(self, x, cache=None, past=0):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).chunk(3, dim=2)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         if cache is not None:
-            k, v = cache.append(k, v)
-        # With a cache, x is either all there is, or one token, which may look at everything before.
+            cache[0, :, :, past : past + T], cache[1, :, :, past : past + T] = k, v
+            k, v = cache[:, :, :, : past + T]  # (B, H, past + T, D)
         dropout = self.dropout if self.training else 0.0
+        # A single token sees all before it. More than one only ever come first, with past = 0.
         y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
@@ -95,8 +85,8 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None):
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x, cache=None, past=0):
+        x = x + self.attn(self.ln_1(x), cache, past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -131,20 +121,21 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
-    def forward(self, idx, targets=None, caches=None):
+    def forward(self, idx, targets=None, cache=None, past=0):
         """Return logits and loss for token ids `idx` (B, T).
 
         With `targets` (B, T), where -1 is ignored: logits (B, T, V) and the mean cross-entropy in
-        nats per token. Without: logits (B, 1, V) of the last position, and None. `caches`, one
-        KVCache per layer, must be empty or `idx` hold one token: idx continues what they hold.
+        nats per token. Without: logits (B, 1, V) of the last position, and None. `cache`, made by
+        `make_cache`, holds the keys and values of `past` tokens, which idx continues: with one
+        token, or with any number if past is 0.
         """
-        T, past = idx.size(1), caches[0].length if caches else 0
+        T = idx.size(1)
         assert past + T <= self.config.block_size, (past, T, self.config.block_size)
         assert past == 0 or T == 1, (past, T)
         positions = torch.arange(past, past + T, device=idx.device)
         x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, caches[layer] if caches else None)
+            x = block(x, None if cache is None else cache[layer], past)
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
@@ -165,7 +156,7 @@ class GPT(nn.Module):
     def flops_per_token(self):
         """Return the FLOPs of one token's forward and backward at full context.
 
-        6N + 12 * n_layer * C * T (PaLM, arXiv:2204.02311, appendix B), N without the position table.
+        6N + 12 * n_layer * C * T (PaLM, arXiv:2204.02311, appendix B); N leaves the positions out.
         """
         config = self.config
         attention = 12 * config.n_layer * config.n_embd * config.block_size
@@ -206,13 +197,13 @@ class GPT(nn.Module):
 
     @classmethod
     def from_state(cls, config, state, device="cpu"):
-        """Return a GPT on `device` with a copy, in float32, of the weights `state` (name -> tensor).
+        """Return a GPT on `device` with a float32 copy of the weights `state`, name -> tensor.
 
-        Names are those of nanoGPT, with or without the prefix that torch.compile gave them there.
+        Names are nanoGPT's, with or without the prefix that torch.compile gave them there.
         Raises ValueError if names or shapes do not fit `config`.
         """
         state = {name.removeprefix("_orig_mod."): tensor for name, tensor in state.items()}
-        state = {k: v for k, v in state.items() if not k.endswith(".attn.bias")}  # masks, once saved
+        state = {k: v for k, v in state.items() if not k.endswith(".attn.bias")}  # old masks
         state = {k: v.to(device, torch.float32, copy=True) for k, v in state.items()}
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
             model = cls(config)
@@ -245,6 +236,15 @@ class GPT(nn.Module):
 
     # --- generation ------------------------------------------------------------------------------
 
+    def make_cache(self, batch_size, capacity):
+        """Return room for the keys and values of `capacity` tokens, (L, 2, B, H, capacity, D)."""
+        config, weight = self.config, self.lm_head.weight
+        heads = config.n_head, capacity, config.n_embd // config.n_head
+        autocast = torch.is_autocast_enabled(weight.device.type)
+        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
+        size = (config.n_layer, 2, batch_size, *heads)
+        return torch.empty(size, dtype=dtype, device=weight.device)
+
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, *,
                stop=None, vocab_size=None, generators=None, use_cache=True):  # fmt: skip
@@ -255,34 +255,33 @@ class GPT(nn.Module):
         when all have, generation ends. Ids from `vocab_size` on are padding, never drawn.
         `generators`: one CPU torch.Generator per row, else torch's global one.
 
-        Keys and values are cached. When block_size tokens are there, the last half of them is read
-        anew from position 0, so that the context never falls below half of block_size. A longer
-        prompt is cut to its last block_size tokens. use_cache=False recomputes every token from
-        the same context: slower, the same function. Leaves the model in eval mode.
+        When block_size tokens are in the cache, the last half of the context is read anew from
+        position 0, so that it never falls below half of block_size. A longer prompt is cut to its
+        last block_size tokens. use_cache=False computes the same from the whole context each time.
+        Leaves the model in eval mode.
         """
         self.eval()
-        B, block_size = idx.size(0), self.config.block_size
-        context, done = idx[:, -block_size:], torch.zeros(B, 1, dtype=torch.bool, device=idx.device)
+        block_size, context = self.config.block_size, idx[:, -self.config.block_size :]
         capacity = min(block_size, context.size(1) + max_new_tokens)
-        caches, fresh = [KVCache(capacity) for _ in self.transformer.h], context
+        cache, past = self.make_cache(len(idx), capacity) if use_cache else None, 0
+        done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if context.size(1) > block_size:
-                context = fresh = context[:, -((block_size + 1) // 2) :]
-                for cache in caches:
-                    cache.length = 0
-            logits, _ = self(fresh, caches=caches) if use_cache else self(context)
-            draws = None if temperature == 0 else uniform(B, generators).to(idx.device)
-            fresh = next_token(logits[:, -1, :vocab_size], draws, temperature, top_k, top_p)
+                context, past = context[:, -((block_size + 1) // 2) :], 0
+            logits, _ = self(context[:, past:], cache=cache, past=past)
+            draws = None if temperature == 0 else uniform(len(idx), generators).to(idx.device)
+            drawn = next_token(logits[:, -1, :vocab_size], draws, temperature, top_k, top_p)
             if stop is not None:
-                fresh = fresh.masked_fill(done, stop)
-                done |= fresh == stop
-            yield fresh
-            if stop is not None and done.all():
+                drawn = drawn.masked_fill(done, stop)
+                done |= drawn == stop
+            yield drawn
+            if stop is not None and done.all():  # syncs the device
                 return
-            context = torch.cat((context, fresh), dim=1)
+            past = context.size(1) if use_cache else 0
+            context = torch.cat((context, drawn), dim=1)
 
     def generate(self, idx, max_new_tokens, *args, **options):
-        """Return `idx` (B, T) and what `stream` draws after it: (B, at most T + max_new_tokens)."""
+        """Return `idx` (B, T) and what `stream` draws after it, (B, at most T + max_new_tokens)."""
         return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **options)), dim=1)
 
 
@@ -378,7 +377,8 @@ def read_checkpoint(path):
         keys = ("model", "model_args", "iter_num", "config")
         missing = [key for key in keys if key not in checkpoint]
     except (RuntimeError, pickle.UnpicklingError, EOFError, ValueError, TypeError) as fault:
-        raise ValueError(f"{path} is no readable checkpoint: {str(fault).splitlines()[0]}") from None
+        reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
+        raise ValueError(f"{path} cannot be read as a checkpoint ({reason})") from None
     if missing:
         raise ValueError(f"{path} is no checkpoint: it lacks {', '.join(missing)}")
     return checkpoint

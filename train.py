@@ -4,16 +4,13 @@
     python train.py config/train_shakespeare_char.py --device=cpu --max_iters=2000
     python train.py --init_from=resume --out_dir=out-shakespeare-char
     torchrun --nproc_per_node=8 train.py config/train_gpt2.py
-    torchrun --nproc_per_node=2 train.py config/train_shakespeare_char.py --device=cpu
 
 Every loss is a mean cross-entropy in nats per token.
 """
 
 import json
 import math
-import os
 import sys
-import time
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -75,27 +72,24 @@ ROOT = Path(__file__).resolve().parent
 
 def check_settings(world_size):
     """Raise ValueError with one line for each setting that cannot work."""
-    at_least_1 = "batch_size block_size n_layer n_head n_embd eval_interval log_interval eval_iters"
-    at_least_0 = "learning_rate weight_decay grad_clip warmup_iters max_iters seed"
-    below_1 = "dropout beta1 beta2"
-    limits = [(name, 1, math.inf) for name in f"{at_least_1} gradient_accumulation_steps".split()]
-    limits += [(name, 0, math.inf) for name in at_least_0.split()]
-    limits += [(name, 0, 1) for name in below_1.split()]
-    faults = [
-        f"{name}={globals()[name]} must be at least {low}" + f" and below {high}" * (high == 1)
-        for name, low, high in limits
-        if not low <= globals()[name] < high
-    ]
-    if not faults and n_embd % n_head:
+    from_1 = "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd"
+    from_1 = f"{from_1} eval_interval log_interval eval_iters".split()
+    from_0 = "learning_rate weight_decay grad_clip warmup_iters max_iters seed".split()
+    faults = [f"{k}={globals()[k]} must be at least 1" for k in from_1 if globals()[k] < 1]
+    faults += [f"{k}={globals()[k]} must be at least 0" for k in from_0 if globals()[k] < 0]
+    for key in ("dropout", "beta1", "beta2"):
+        if not 0 <= globals()[key] < 1:
+            faults.append(f"{key}={globals()[key]} must be at least 0 and below 1")
+    if n_head > 0 and n_embd % n_head:
         faults.append(f"n_embd={n_embd} is no multiple of n_head={n_head}")
     sequences = batch_size * gradient_accumulation_steps
     if sequences % world_size:
-        fits = [str(n) for n in range(1, 2 * world_size) if sequences % n == 0]
-        batch = f"batch_size * gradient_accumulation_steps = {sequences} sequences per step"
-        faults.append(f"{batch} cannot be shared by {world_size} processes, but by {', '.join(fits)}")
+        fits = ", ".join(str(n) for n in range(1, 2 * world_size) if sequences % n == 0)
+        step = f"batch_size * gradient_accumulation_steps = {sequences} sequences per step"
+        faults.append(f"{step} divide among {fits} processes, not among {world_size}")
     if decay_lr and decay_steps() <= warmup_iters:
-        later = f"must come after warmup_iters={warmup_iters}; lower --warmup_iters"
-        faults.append(f"lr_decay_iters={decay_steps()} {later}")
+        late = f"warmup_iters={warmup_iters} leaves no step to decay in"
+        faults.append(f"{late} before lr_decay_iters={decay_steps()}; lower --warmup_iters")
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -112,8 +106,7 @@ def load_data():
 
 def check_vocabulary(meta, vocab_size):
     """Raise ValueError unless a model of `vocab_size` can be trained on data encoded as `meta`."""
-    fits = meta["vocab_size"] == vocab_size or (meta == GPT2 and vocab_size >= 50257)
-    if not fits:
+    if meta["vocab_size"] != vocab_size and not (meta == GPT2 and vocab_size >= 50257):
         what = f"dataset {dataset} has a vocabulary of {meta['vocab_size']}, the model {vocab_size}"
         raise ValueError(f"{what}; prepare the dataset with the model's tokenizer")
 
@@ -129,14 +122,12 @@ def build_model(checkpoint, meta, run):
         return GPT(GPTConfig(*fields)).to(run.device)
     if init_from == "resume":
         if checkpoint.get("tokenizer", meta) != meta:
-            raise ValueError(f"dataset {dataset} was encoded unlike the checkpoint's; prepare it anew")
-        arguments = checkpoint["model_args"]
-        check_vocabulary(meta, arguments["vocab_size"])
-        fixed = [name for name in ("n_layer", "n_head", "n_embd", "bias") if name in arguments]
-        if changed := [name for name in fixed if globals()[name] != arguments[name]]:
-            names = ", ".join(f"{name}={arguments[name]}" for name in changed)
-            raise ValueError(f"the checkpoint has {names}, which cannot be changed")
-        config = GPTConfig(**{**arguments, "dropout": dropout})
+            raise ValueError(f"dataset {dataset} is encoded unlike the checkpoint's data")
+        config = GPTConfig.restored(checkpoint["model_args"], dropout)
+        check_vocabulary(meta, config.vocab_size)
+        for name in ("n_layer", "n_head", "n_embd", "bias"):
+            if globals()[name] != getattr(config, name):
+                raise ValueError(f"the checkpoint has {name}={getattr(config, name)} and keeps it")
         model = GPT.from_state(config, checkpoint["model"], run.device)
     else:
         if init_from.startswith("gpt2"):
@@ -144,8 +135,8 @@ def build_model(checkpoint, meta, run):
         model = GPT.from_pretrained(init_from, dropout, run.device)
         check_vocabulary(meta, model.config.vocab_size)
     if block_size > model.config.block_size:
-        longest = model.config.block_size
-        raise ValueError(f"block_size={block_size} exceeds the model's {longest}; lower --block_size")
+        most = model.config.block_size
+        raise ValueError(f"block_size={block_size} exceeds the model's {most}; lower --block_size")
     model.crop_block_size(block_size)
     return model
 
@@ -153,18 +144,17 @@ def build_model(checkpoint, meta, run):
 def build_state(checkpoint, meta, run):
     """Return the State that training starts from: a new one, or that of `checkpoint`."""
     model = build_model(checkpoint, meta, run)
-    betas = (beta1, beta2)
-    optimizer = model.configure_optimizers(weight_decay, learning_rate, betas, run.device.type)
+    rates = weight_decay, learning_rate, (beta1, beta2)
+    optimizer = model.configure_optimizers(*rates, run.device.type)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
     if not checkpoint:
         return State(model, optimizer, scaler, meta, 0, math.inf)
     saved = checkpoint["optimizer"]
     for ours, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         theirs |= {key: value for key, value in ours.items() if key != "params"}  # settings rule
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
     for index, moments in saved["state"].items():  # only a cropped position table is shorter
-        rows = len(parameters[index])
-        moments |= {key: value[:rows] for key, value in moments.items() if value.dim()}
+        moments |= {k: v[: shapes[index][0]] for k, v in moments.items() if v.dim()}
     optimizer.load_state_dict(saved)
     if checkpoint.get("scaler"):
         scaler.load_state_dict(checkpoint["scaler"])
@@ -180,7 +170,7 @@ def decay_steps():
 
 
 def learning_rate_at(step):
-    """Return the learning rate of `step`: linear warm-up, half a cosine down to min_lr, constant."""
+    """Return the learning rate of `step`: linear warm-up, half a cosine to min_lr, constant."""
     if not decay_lr:
         return learning_rate
     lowest = learning_rate / 10 if min_lr is None else min_lr
@@ -203,7 +193,7 @@ def train_step(model, optimizer, scaler, batches, step, run):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step)
     micro_batches, mean_loss = batches(step), 0.0
-    share = sum(len(tokens) for tokens in micro_batches)
+    share = sum(map(len, micro_batches))  # sequences of this rank
     for count, tokens in enumerate(micro_batches, start=1):
         # DistributedDataParallel averages gradients in the backward in which this is set
         model.require_backward_grad_sync = count == len(micro_batches)
@@ -221,6 +211,13 @@ def train_step(model, optimizer, scaler, batches, step, run):
     return mean_loss, grad_norm
 
 
+def try_step(model, batches, step, run):
+    """Run a forward and backward that change nothing, so that a compiler shows what it can do."""
+    tokens = batches(step)[0].to(run.device)
+    model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+    model.zero_grad(set_to_none=True)
+
+
 # --- evaluation ----------------------------------------------------------------------------------
 
 
@@ -228,22 +225,20 @@ def train_step(model, optimizer, scaler, batches, step, run):
 def evaluate(model, data, run):
     """Return the mean loss per token of each split; every rank must call it and takes a share.
 
-    The windows do not overlap; where there are more than eval_iters * batch_size, they are evenly
-    spaced over the split, and the same ones every time.
+    All non-overlapping windows count, or eval_iters * batch_size of them, evenly spaced.
     """
     model.eval()
     losses = {}
     for split, tokens in data.items():
         windows = (len(tokens.ids) - 1) // block_size
         count = min(windows, eval_iters * batch_size)
-        starts = np.arange(count) * windows // count * block_size
-        mine, total = starts[run.rank :: run.world_size], []
-        for first in range(0, len(mine), batch_size):
-            ids = tokens.windows(mine[first :][:batch_size], block_size + 1).to(run.device)
+        starts = (np.arange(count) * windows // count * block_size)[run.rank :: run.world_size]
+        sums = []
+        for first in range(0, len(starts), batch_size):
+            ids = tokens.windows(starts[first :][:batch_size], block_size + 1).to(run.device)
             with run.autocast():
-                _, loss = model(ids[:, :-1], ids[:, 1:])
-            total.append(loss.float() * len(ids))
-        losses[split] = run.sum(sum(loss.item() for loss in total)) / count
+                sums.append(model(ids[:, :-1], ids[:, 1:])[1] * len(ids))
+        losses[split] = run.sum(sum(loss.item() for loss in sums)) / count
     model.train()
     return losses
 
@@ -277,8 +272,9 @@ def open_checkpoint(config):
     return checkpoint
 
 
-def set_aside(names=("ckpt.pt", "last.pt", "log.jsonl", "previous")):
+def set_aside():
     """Move what an older run left in out_dir to out_dir/previous, its own `previous` included."""
+    names = "ckpt.pt", "last.pt", "log.jsonl", "previous"
     old = [Path(out_dir, name) for name in names if Path(out_dir, name).exists()]
     if any(path.suffix for path in old):
         aside = Path(out_dir, "previous.new")
@@ -295,7 +291,7 @@ def save(state, step, losses, config, run):
     What training began with is not saved again. Raises ValueError rather than save a broken model.
     """
     if not math.isfinite(losses["train"] + losses["val"]):
-        raise ValueError(f"step {step}: the loss is not finite; {out_dir} keeps what was saved before")
+        raise ValueError(f"step {step}: the loss is not finite; the last checkpoint is kept")
     improved, began = losses["val"] < state.best_val_loss, state.step == step < max_iters
     state.step, state.best_val_loss = step, min(losses["val"], state.best_val_loss)
     if run.rank > 0 or eval_only or began:
@@ -319,27 +315,6 @@ def save(state, step, losses, config, run):
 # --- log -----------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Measures training steps between synchronised points; pauses leave evaluation and saves out."""
-
-    def __init__(self, run, step):
-        self.run, self.step, self.seconds, self.began = run, step, 0.0, time.perf_counter()
-
-    def pause(self):
-        self.run.synchronize()
-        self.seconds += time.perf_counter() - self.began
-
-    def resume(self):
-        self.began = time.perf_counter()
-
-    def lap(self, step):
-        """Return the mean seconds of the steps since the last lap; `step` is the next one."""
-        self.pause()
-        mean, self.step, self.seconds = self.seconds / (step - self.step), step, 0.0
-        self.resume()
-        return mean
-
-
 def open_log(config, run):
     """Return a function that appends a dict to log.jsonl, and to wandb if asked for; on rank 0."""
     if run.rank > 0 or eval_only:
@@ -355,13 +330,13 @@ def open_log(config, run):
             import wandb
         except ImportError:
             raise ValueError("wandb_log=True needs wandb: pip install -e '.[wandb]'") from None
-        project = wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir)
-        sinks.append(project.log)
+        about = {"project": wandb_project, "name": wandb_run_name, "config": config}
+        sinks.append(wandb.init(dir=out_dir, **about).log)
     return lambda entry: [sink(entry) for sink in sinks]
 
 
 def log_step(step, loss, grad_norm, seconds, model, run, log):
-    """Print and record the figures of a step. Every rank must call it. Syncs the device."""
+    """Print and record the figures of a step, `seconds` long. Every rank must call it."""
     loss, grad_norm = run.sum(loss.item()) / run.world_size, grad_norm.item()
     tokens = batch_size * gradient_accumulation_steps * block_size
     mfu = model.estimate_mfu(tokens / run.world_size, seconds, run.peak_flops())
@@ -373,28 +348,15 @@ def log_step(step, loss, grad_norm, seconds, model, run, log):
     log({"iter": step, "loss": loss, "grad_norm": grad_norm, "ms": seconds * 1000, **rates})
 
 
-def log_losses(step, losses, run, log):
-    """Print and record an evaluation."""
-    run.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-    log({"iter": step, "train/loss": losses["train"], "val/loss": losses["val"]})
-
-
-def show_progress(step, run):
-    """Keep a line on a terminal up to date until the next log line overwrites it."""
-    if run.rank == 0 and sys.stdout.isatty():
-        print(f"step {step} of {max_iters}", end="\r", flush=True)
-
-
 def describe(run, state, data):
     """Print what will run: hardware, data, model and steps."""
     model, sizes = state.model, [f"{name} {len(split.ids):,}" for name, split in data.items()]
-    batch = f"{batch_size} x {gradient_accumulation_steps} x {block_size}"
     tokens = batch_size * gradient_accumulation_steps * block_size
     run.say(f"hardware: {run.about}")
     run.say(f"data: {dataset}, {', '.join(sizes)} tokens, vocabulary {model.config.vocab_size:,}")
-    flops = f"{model.flops_per_token() / 1e6:,.0f} MFLOPs per token"
-    run.say(f"model: {model.get_num_params() / 1e6:.2f}M parameters, {flops}")
-    run.say(f"steps: {state.step} to {max_iters}, of {batch} = {tokens:,} tokens")
+    millions, megaflops = model.get_num_params() / 1e6, model.flops_per_token() / 1e6
+    run.say(f"model: {millions:.2f}M parameters, {megaflops:,.0f} MFLOPs per token")
+    run.say(f"steps: {state.step} to {max_iters}, of {tokens:,} tokens each")
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -407,28 +369,31 @@ def main(config):
     check_settings(run.world_size)
     data, meta = load_data()
     state = build_state(checkpoint, meta, run)
-    sequences = batch_size * gradient_accumulation_steps
-    batches = Batches(data["train"], block_size, batch_size, sequences, seed, run)
-    runtime.compile_model(state.model, run, batches(state.step)[0])
+    sizes = gradient_accumulation_steps, batch_size, block_size
+    batches = Batches(data["train"], *sizes, seed, run)
+    runtime.compile_model(state.model, run, lambda: try_step(state.model, batches, state.step, run))
     model = runtime.wrap(state.model, run)
     log = open_log(config, run)
     describe(run, state, data)
-    clock = Clock(run, state.step)
+    began, since = run.now(), state.step
     for step in range(state.step, max(state.step, max_iters) + 1):
         done = step >= max_iters or eval_only
         if step % eval_interval == 0 or done:
-            clock.pause()
+            paused = run.now()
             losses = evaluate(state.model, data, run)
-            log_losses(step, losses, run, log)
+            run.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+            log({"iter": step, "train/loss": losses["train"], "val/loss": losses["val"]})
             save(state, step, losses, config, run)
-            clock.resume()
+            began += run.now() - paused  # the time of a step leaves evaluations and saves out
         if done:
             break
         loss, grad_norm = train_step(model, state.optimizer, state.scaler, batches, step, run)
         if step % log_interval == 0:
-            log_step(step, loss, grad_norm, clock.lap(step + 1), state.model, run, log)
-        else:
-            show_progress(step, run)
+            seconds = (run.now() - began) / (step + 1 - since)  # the one sync of the loop
+            log_step(step, loss, grad_norm, seconds, state.model, run, log)
+            began, since = run.now(), step + 1
+        elif run.rank == 0 and sys.stdout.isatty():
+            print(f"step {step} of {max_iters}", end="\r", flush=True)  # till the next line
 
 
 if __name__ == "__main__":

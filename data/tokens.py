@@ -1,8 +1,8 @@
 """Token files on disk: written, checked, cut into batches; and the tokenizers that made them.
 
-A dataset is a folder with `train.bin` and `val.bin`, raw little-endian ids without a header: uint16,
-or uint32 where the vocabulary exceeds 65,536. `meta.pkl` holds the vocabulary size and what
-decodes the ids; a folder without one holds GPT-2 BPE. nanoGPT reads and writes the same files.
+A dataset is a folder with train.bin and val.bin: raw little-endian uint16 ids, no header (uint32
+where the vocabulary exceeds 65,536). meta.pkl holds the vocabulary size and what decodes the ids;
+a folder without one holds GPT-2 BPE. nanoGPT reads and writes the same files.
 """
 
 import mmap
@@ -29,9 +29,8 @@ def atomic(path):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)  # it is still there only after an error
     if os.name == "posix":  # the new name is safe only once the folder is on the disk too
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
@@ -39,25 +38,19 @@ def atomic(path):
 
 
 def write_dataset(folder, meta, **splits):
-    """Write each split, an iterable of lists of ids, to `folder`/SPLIT.bin, and meta.pkl.
-
-    Ids are streamed to temporary files, renamed only when all of them are complete.
-    """
+    """Stream each split, an iterable of lists of ids, to disk; name all files when all is there."""
     folder.mkdir(parents=True, exist_ok=True)
-    dtype = id_dtype(meta)
     with ExitStack() as files:
         if meta != GPT2:
             pickle.dump(meta, files.enter_context(atomic(folder / "meta.pkl")))
         for split, lists in splits.items():
             file = files.enter_context(atomic(folder / f"{split}.bin"))
             for ids in lists:
-                file.write(np.asarray(ids, dtype).tobytes())
-            if not file.tell():
-                raise ValueError(f"the {split} split is empty: there is too little text")
+                file.write(np.asarray(ids, id_dtype(meta)).tobytes())
     if meta == GPT2:
         (folder / "meta.pkl").unlink(missing_ok=True)  # an earlier dataset's
-    counts = {split: (folder / f"{split}.bin").stat().st_size // dtype.itemsize for split in splits}
-    print(f"{folder}: " + ", ".join(f"{split} {n:,} tokens" for split, n in counts.items()))
+    for path in (folder / f"{split}.bin" for split in splits):
+        print(f"{path}: {path.stat().st_size // id_dtype(meta).itemsize:,} tokens")
 
 
 def id_dtype(meta):
@@ -77,11 +70,9 @@ def read_meta(folder):
     try:
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()
-        if not 0 < meta["vocab_size"] < 2**32:
-            raise ValueError(f"vocab_size is {meta['vocab_size']}")
-    except Exception as fault:  # garbage can raise anything, but run nothing
-        raise ValueError(f"{path} does not describe a dataset ({fault}); prepare it again") from None
-    return meta
+        return meta if id_dtype(meta) else None  # which needs its vocabulary size
+    except Exception as fault:  # garbage can raise anything, but it runs nothing
+        raise ValueError(f"{path} describes no dataset ({fault}); prepare it again") from None
 
 
 class TokenFile:
@@ -90,13 +81,13 @@ class TokenFile:
     def __init__(self, path, meta, block_size):
         self.path, dtype = path, id_dtype(meta)
         if not path.exists():
-            script, own = path.parent / "prepare.py", f"--input=FILE --dataset={path.parent.name}"
-            command = os.path.relpath(script) if script.exists() else f"data/text/prepare.py {own}"
+            own = f"data/text/prepare.py --input=FILE --dataset={path.parent.name}"
+            command = f"{path.parent}/prepare.py" if (path.parent / "prepare.py").exists() else own
             raise ValueError(f"no {path.name} in {path.parent}; make it: python {command}")
         count, rest = divmod(path.stat().st_size, dtype.itemsize)
         if rest or count <= block_size:
-            found = f"{path} holds {count} tokens of {dtype.itemsize} bytes and {rest} bytes more"
-            raise ValueError(f"{found}; block_size={block_size} needs {block_size + 1} or more tokens")
+            need = f"block_size={block_size} needs {block_size + 1} tokens, all of them whole"
+            raise ValueError(f"{path} holds {count} tokens and {rest} bytes; {need}")
         with open(path, "rb") as file:
             self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.ids = np.frombuffer(self.mapping, dtype)
@@ -104,34 +95,32 @@ class TokenFile:
 
     def limit(self, vocab_size):
         """Require every id to be below `vocab_size`: now in a small file, else batch by batch."""
-        self.vocab_size, self.large = vocab_size, self.ids.nbytes > SCAN_BYTES
-        self.check(self.ids[: 1 if self.large else None])
+        self.vocab_size = vocab_size
+        self.check(self.ids if self.ids.nbytes <= SCAN_BYTES else self.ids[:1])
 
     def check(self, ids):
         if ids.max() >= self.vocab_size:
-            raise ValueError(f"{self.path} holds id {ids.max()}; the vocabulary {self.vocab_size}")
+            raise ValueError(f"{self.path} holds id {ids.max()}, the vocabulary {self.vocab_size}")
 
     def windows(self, starts, length):
         """Return the (len(starts), length) int64 ids that begin at `starts`, in one gather."""
-        view = np.lib.stride_tricks.sliding_window_view(self.ids, length)
-        windows = view[starts].astype(np.int64)
-        if self.large:
-            self.check(windows)
-            if hasattr(mmap, "MADV_DONTNEED"):  # else every page ever read counts as our memory
-                self.mapping.madvise(mmap.MADV_DONTNEED)
+        windows = np.lib.stride_tricks.sliding_window_view(self.ids, length)[starts].astype("i8")
+        self.check(windows)
+        if hasattr(mmap, "MADV_DONTNEED"):  # else every page ever read counts as our memory
+            self.mapping.madvise(mmap.MADV_DONTNEED)
         return torch.from_numpy(windows)
 
 
 class Batches:
     """The training sequences of each step, for one rank, prepared one step ahead in a thread.
 
-    The `sequences` windows of step s are drawn by a generator keyed by (seed, s): they depend
-    neither on earlier steps nor on the number of processes, which take equal shares in rank order.
+    The `sequences` windows of step s are drawn by a generator keyed by (seed, s), whatever ran
+    before and however many processes share them, equally and in the order of their ranks.
     """
 
-    def __init__(self, tokens, block_size, batch_size, sequences, seed, run):
+    def __init__(self, tokens, accumulation_steps, batch_size, block_size, seed, run):
         self.tokens, self.length, self.batch_size = tokens, block_size + 1, batch_size
-        self.sequences, self.seed, self.run = sequences, seed, run
+        self.sequences, self.seed, self.run = accumulation_steps * batch_size, seed, run
         self.pool, self.ahead = ThreadPoolExecutor(max_workers=1), {}  # ahead: step -> future
 
     def __call__(self, step):
@@ -141,8 +130,7 @@ class Batches:
         return future.result()
 
     def draw(self, step):
-        key = np.random.SeedSequence([self.seed, step])
-        bits = np.random.Philox(key).random_raw(self.sequences)  # the same in every numpy
+        bits = np.random.Philox(key=[self.seed, step]).random_raw(self.sequences)
         starts = bits % (len(self.tokens.ids) - self.length + 1)
         share = self.sequences // self.run.world_size
         windows = self.tokens.windows(starts[self.run.rank * share :][:share], self.length)
@@ -153,7 +141,7 @@ class Batches:
 
 
 def char_meta(characters):
-    """Return the meta.pkl of a character-level dataset that knows `characters`."""
+    """Return the meta of a dataset of these characters."""
     itos = dict(enumerate(sorted(characters)))
     return {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
 
@@ -162,8 +150,8 @@ class CharTokenizer:
     """One id per character, as the tables of `meta` say."""
 
     def __init__(self, meta):
-        self.stoi, self.itos, self.vocab_size = meta["stoi"], meta["itos"], meta["vocab_size"]
-        self.eot = None  # there is no end-of-text token
+        self.stoi, self.itos = meta["stoi"], meta["itos"]
+        self.vocab_size, self.eot = meta["vocab_size"], None  # no end-of-text token
 
     def encode(self, text):
         if unknown := sorted(set(text) - self.stoi.keys()):
@@ -182,32 +170,31 @@ class BPETokenizer:
     """The tiktoken encoding that `meta` names."""
 
     def __init__(self, meta):
-        import tiktoken  # characters need neither it nor its files
+        import tiktoken  # here, because characters need neither it nor its files
 
-        name, known = meta["tokenizer"], ", ".join(tiktoken.list_encoding_names())
         try:
-            self.encoding = tiktoken.get_encoding(name)
-        except OSError:  # requests' errors too
+            self.encoding = tiktoken.get_encoding(meta["tokenizer"])
+        except (OSError, ValueError) as fault:  # no network, no such encoding
             advice = "offline, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled elsewhere"
-            raise ValueError(f"cannot fetch the files of tokenizer {name}; {advice}") from None
-        except ValueError:
-            raise ValueError(f"no tokenizer {name!r}; choose char, {known}") from None
+            reason = str(fault).splitlines()[0][:100]
+            raise ValueError(f"no tokenizer {meta['tokenizer']}: {reason}; {advice}") from None
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
         return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
 
-    def encode_corpus(self, texts):  # special tokens are plain text here; uses all cores
+    def encode_corpus(self, texts):  # on all cores; special tokens are plain text here
         return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
 
     def decode_bytes(self, ids):
-        return self.encoding.decode_bytes(ids)
+        try:
+            return self.encoding.decode_bytes(ids)
+        except KeyError:  # newer encodings leave some ids unused
+            return b""
 
 
 def make_tokenizer(meta):
     """Return the tokenizer that `meta`, of a dataset or a checkpoint, describes."""
-    if "tokenizer" in meta:
-        return BPETokenizer(meta)
-    if "stoi" in meta:
-        return CharTokenizer(meta)
-    raise ValueError("meta.pkl names no tokenizer and holds no characters")
+    if not meta.keys() & {"tokenizer", "stoi"}:
+        raise ValueError("meta.pkl names no tokenizer and holds no characters")
+    return BPETokenizer(meta) if "tokenizer" in meta else CharTokenizer(meta)

@@ -23,7 +23,7 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def read_corpus(path, folder):
-    """Return the text of Tiny Shakespeare from `path`, or from `folder`/input.txt, made if needed."""
+    """Return Tiny Shakespeare from `path`, else from input.txt in `folder`, made if needed."""
     kept = folder / "input.txt"
     source = Path(path) if path else kept
     if not path and not kept.exists():

@@ -49,9 +49,8 @@ def main(config):
     tokenizer = CharTokenizer(meta)
     digest = hashlib.sha256("".join(texts).encode()).hexdigest()
     print(f"{len(texts)} modules of Python {platform.python_version()}, SHA-256 {digest[:16]}")
-    held_out = texts[9::10]
-    kept = [text for index, text in enumerate(texts) if index % 10 != 9]
-    write_dataset(FOLDER, meta, train=map(tokenizer.encode, kept), val=map(tokenizer.encode, held_out))
+    train = (tokenizer.encode(text) for index, text in enumerate(texts) if index % 10 != 9)
+    write_dataset(FOLDER, meta, train=train, val=map(tokenizer.encode, texts[9::10]))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,123 @@
+"""Time the training step of train.py: the same function on the same batches, nothing around it.
+
+    python bench.py --compile=True
+    python bench.py config/train_shakespeare_char.py
+    python bench.py --batch_size=2 --dtype=float32 --seconds=30 --profile=True
+
+Takes the settings of train.py and its config files; by default GPT-2 124M at 12 x 1024 tokens.
+"""
+
+import math
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import runtime
+import train
+from configurator import configure
+from data.tokens import GPT2, Batches, TokenFile, read_meta
+
+# Benchmark
+steps = 100                         # steps to measure at most
+seconds = 60.0                      # time to measure them in; 2 are measured in any case
+real_data = True                    # the dataset, where it is prepared; False: random tokens
+profile = False                     # write trace.json and print the operators that take longest
+gradient_accumulation_steps = 1     # micro-batches per step; train.py's own default is 40
+
+ROOT = Path(__file__).resolve().parent
+
+
+def load_tokens(scratch):
+    """Return the tokens to train on, random ones in a folder `scratch` if need be, and the meta."""
+    path = ROOT / "data" / train.dataset / "train.bin"
+    if real_data and path.exists():
+        meta = read_meta(path.parent)
+        return TokenFile(path, meta, train.block_size), meta
+    path = Path(scratch, "random.bin")
+    generator = np.random.default_rng(train.seed)
+    generator.integers(GPT2["vocab_size"], size=2**20 + train.block_size, dtype="u2").tofile(path)
+    return TokenFile(path, GPT2, train.block_size), GPT2
+
+
+def time_steps(step, run):
+    """Return seconds per step of step(0), step(1), ..., by laps, after two steps that warm up.
+
+    Laps are of up to 10 steps, as between log lines, so that waiting for the device costs little.
+    """
+    step(0)
+    began = run.now()
+    step(1)
+    lap = max(1, min(10, round(0.1 / (run.now() - began))))
+    times, index = [], 2
+    while len(times) < 2 or (index < steps and sum(times) * lap < seconds):
+        began = run.now()
+        for _ in range(lap):
+            step(index)
+            index += 1
+        times.append((run.now() - began) / lap)
+    return times
+
+
+def peak_memory(run):
+    """Return the most memory used so far in bytes, of the GPU or else of this process."""
+    if run.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(run.device)
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def write_profile(step, run):
+    """Profile three steps into trace.json, for a browser's tracing page; print what cost most."""
+    kinds = torch.profiler.supported_activities()
+    with torch.profiler.profile(activities=kinds) as profiler:
+        for index in range(3):
+            step(index)
+        run.now()
+    profiler.export_chrome_trace("trace.json")
+    order = "self_cuda_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
+    run.say(profiler.key_averages().table(sort_by=order, row_limit=15))
+    run.say("trace.json holds the whole of it")
+
+
+@runtime.one_line_errors()
+def main(config):
+    run = runtime.start(train.device, train.dtype, train.compile, train.backend)
+    train.check_settings(run.world_size)
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
+        tokens, meta = load_tokens(scratch)
+    state = train.build_state(None, meta, run)
+    sizes = train.gradient_accumulation_steps, train.batch_size, train.block_size
+    batches = Batches(tokens, *sizes, train.seed, run)
+    run.say(f"hardware: {run.about}")
+    run.say(f"data: {tokens.path.name if tokens.path.name == 'random.bin' else tokens.path}")
+    flops = state.model.flops_per_token()
+    millions = state.model.get_num_params() / 1e6
+    run.say(f"model: {millions:.2f}M parameters, {flops / 1e6:,.0f} MFLOPs per token")
+    runtime.compile_model(state.model, run, lambda: train.try_step(state.model, batches, 0, run))
+    model = runtime.wrap(state.model, run)
+
+    def step(index):
+        train.train_step(model, state.optimizer, state.scaler, batches, index, run)
+
+    times = time_steps(step, run)
+    median, per_step = statistics.median(times), math.prod(sizes)
+    shape = " x ".join(map(str, sizes))
+    spread = f"{min(times) * 1000:.2f} to {max(times) * 1000:.2f} in {len(times)} laps"
+    run.say(f"step: {shape} tokens, median {median * 1000:.2f} ms ({spread})")
+    mfu = state.model.estimate_mfu(per_step / run.world_size, median, run.peak_flops())
+    known = f"mfu {mfu:.2%}" if mfu else "mfu unknown: no peak for this device"
+    rate = f"{flops * per_step / median / 1e12:.2f} TFLOP/s"
+    run.say(f"speed: {per_step / median:,.0f} tokens/s, {rate}, {known}")
+    run.say(f"peak memory: {peak_memory(run) / 2**30:.2f} GiB")
+    if profile:
+        write_profile(step, run)
+
+
+if __name__ == "__main__":
+    main(configure(globals(), vars(train)))

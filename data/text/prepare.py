@@ -1,0 +1,98 @@
+"""Your own text, from a file or a folder, as a dataset.
+
+    python data/text/prepare.py --input=notes.txt --dataset=notes
+    python data/text/prepare.py --input=novels/ --dataset=novels --tokenizer=gpt2
+    python train.py config/train_shakespeare_char.py --dataset=notes --out_dir=out-notes
+
+Characters suit a small model trained from scratch; gpt2 suits finetuning and gigabytes. The text is
+streamed, so it may be larger than memory. The end of it, a tenth, validates.
+"""
+
+import itertools
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from configurator import configure  # noqa: E402
+from data.tokens import GPT2, char_meta, make_tokenizer, write_dataset  # noqa: E402
+from runtime import one_line_errors  # noqa: E402
+
+# Input
+input = ""                # a UTF-8 text file, or a folder: all .txt and .md files, sorted by path
+dataset = ""              # name of the dataset, a folder made in data/
+tokenizer = "char"        # char, gpt2, or another of tiktoken's encodings
+val_fraction = 0.1        # share of the characters, at the end, that validates
+
+DATA = Path(__file__).resolve().parents[1]
+PIECE = 2**20  # characters read at once
+# A text may be cut between a lone newline and a letter or digit without changing its tokens: no
+# pattern of tiktoken's lets a token go on from a newline to those.
+CUT = re.compile(r"(?<=\S\n)(?=[^\W_])")
+
+
+def pieces(paths):
+    """Yield the files as (text of about PIECE characters, whether it is the last of its file)."""
+    for path in paths:
+        rest = ""
+        with open(path, encoding="utf-8") as file:
+            while text := file.read(PIECE):
+                rest += text
+                cuts = [cut.start() for cut in CUT.finditer(rest, len(rest) - len(text))]
+                if cuts:
+                    yield rest[: cuts[-1]], False
+                    rest = rest[cuts[-1] :]
+        yield rest, True
+
+
+def encoded(paths, encoder, start, end):
+    """Yield the ids of the characters from `start` to `end` of all files, put end to end.
+
+    Where there are several files and the encoder knows an end-of-text token, it follows each.
+    """
+    position, stream = 0, pieces(paths)
+    while batch := list(itertools.islice(stream, 16)):  # enough to keep the cores busy
+        parts, ends = [], []
+        for text, last in batch:
+            parts.append(text[max(0, start - position) : max(0, end - position)])
+            position += len(text)
+            ends.append(last and len(paths) > 1 and start < position <= end)
+        for ids, ended in zip(encoder.encode_corpus(parts), ends, strict=True):
+            yield ids
+            if ended and encoder.eot is not None:
+                yield [encoder.eot]
+
+
+def read_through(paths):
+    """Return the number of characters in the files, and the set of them."""
+    count, characters = 0, set()
+    for path in paths:
+        try:
+            for text, _ in pieces([path]):
+                count += len(text)
+                characters |= set(text)
+        except UnicodeDecodeError as fault:
+            raise ValueError(f"{path} is not UTF-8 text: {fault}") from None
+    return count, characters
+
+
+@one_line_errors()
+def main(config):
+    folder, source = DATA / dataset, Path(input)
+    paths = sorted(p for p in source.rglob("*") if p.suffix in (".txt", ".md")) or [source]
+    if not paths[0].is_file():
+        raise ValueError(f"--input={input}: give a text file, or a folder with .txt or .md files")
+    if folder.parent != DATA or (folder / "prepare.py").exists():
+        raise ValueError(f"--dataset={dataset}: give a new name, of a folder to be made in {DATA}")
+    count, characters = read_through(paths)
+    print(f"{len(paths)} files, {count:,} characters, {len(characters):,} different ones")
+    meta = char_meta(characters) if tokenizer == "char" else {**GPT2, "tokenizer": tokenizer}
+    encoder, cut = make_tokenizer(meta), int((1 - val_fraction) * count)
+    if tokenizer not in ("char", "gpt2"):
+        meta["vocab_size"] = encoder.vocab_size
+    splits = {"train": (0, cut), "val": (cut, count)}
+    write_dataset(folder, meta, **{k: encoded(paths, encoder, *splits[k]) for k in splits})
+
+
+if __name__ == "__main__":
+    main(configure(globals()))
