@@ -25,7 +25,7 @@ def configure(namespace, *imported):
     settings = {}
     for space in (*imported, namespace):
         settings |= read_settings(space["__file__"])
-    arguments, flags, faults = sys.argv[1:], namespace.setdefault("_flags", set()), []
+    arguments, flags, faults = sys.argv[1:], set(), []
     if {"--help", "-h"} & set(arguments):
         raise SystemExit(print_help(namespace["__doc__"], settings.values()))
     config = {name: setting.default for name, setting in settings.items()}
@@ -47,7 +47,7 @@ def configure(namespace, *imported):
     if faults:
         raise SystemExit("\n".join(faults))
     for space in (namespace, *imported):
-        space |= {name: value for name, value in config.items() if name in space}
+        space |= {k: v for k, v in config.items() if k in space} | {"_flags": flags}
     return config
 
 

@@ -8,7 +8,7 @@ arXiv:2005.14165, appendix B) for the optimizer; nanoGPT for parameter names and
 
 import math
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -190,7 +190,7 @@ class GPT(nn.Module):
     def crop_block_size(self, block_size):
         """Shorten the context, dropping the positions beyond `block_size`."""
         assert block_size <= self.config.block_size, (block_size, self.config.block_size)
-        self.config.block_size = block_size
+        self.config = replace(self.config, block_size=block_size)
         wpe = self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
         wpe.num_embeddings = block_size

@@ -130,8 +130,8 @@ class Batches:
         return future.result()
 
     def draw(self, step):
-        bits = np.random.Philox(key=[self.seed, step]).random_raw(self.sequences)
-        starts = bits % (len(self.tokens.ids) - self.length + 1)
+        last = len(self.tokens.ids) - self.length
+        starts = np.random.default_rng([self.seed, step]).integers(last + 1, size=self.sequences)
         share = self.sequences // self.run.world_size
         windows = self.tokens.windows(starts[self.run.rank * share :][:share], self.length)
         if self.run.device.type == "cuda":

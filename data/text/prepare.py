@@ -80,7 +80,7 @@ def read_through(paths):
 def main(config):
     folder, source = DATA / dataset, Path(input)
     paths = sorted(p for p in source.rglob("*") if p.suffix in (".txt", ".md")) or [source]
-    if not paths[0].is_file():
+    if not input or not paths[0].is_file():
         raise ValueError(f"--input={input}: give a text file, or a folder with .txt or .md files")
     if folder.parent != DATA or (folder / "prepare.py").exists():
         raise ValueError(f"--dataset={dataset}: give a new name, of a folder to be made in {DATA}")
