@@ -250,8 +250,8 @@ class GPT(nn.Module):
                stop=None, vocab_size=None, generators=None, use_cache=True):  # fmt: skip
         """Yield up to `max_new_tokens` times the next ids (B, 1) of the prompts `idx` (B, T).
 
-        temperature 0 takes the likeliest token. top_k (None or 0: off) keeps the k likeliest, top_p
-        (None: off) the fewest whose probabilities reach p. A row that drew `stop` repeats it, and
+        temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the fewest whose
+        probabilities reach p; None or 0 turns either off. A row that drew `stop` repeats it, and
         when all have, generation ends. Ids from `vocab_size` on are padding, never drawn.
         `generators`: one CPU torch.Generator per row, else torch's global one.
 
@@ -304,7 +304,7 @@ def next_token(logits, draws, temperature=1.0, top_k=None, top_p=None):
     if top_k:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None:
+    if top_p:
         ordered, order = logits.sort(dim=-1, descending=True)
         mass = ordered.softmax(dim=-1)
         beyond = mass.cumsum(dim=-1) - mass >= top_p  # p was reached before this token

@@ -1,8 +1,7 @@
 """Draw text from a trained model, or from GPT-2.
 
-    python sample.py --out_dir=out-shakespeare-char
+    python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
-    python sample.py --out_dir=out --start=FILE:prompt.txt --num_samples=1 --temperature=0
 """
 
 import codecs
@@ -26,7 +25,7 @@ stop = ""                       # end a sample before this text, such as "<|endo
 # Choice of tokens
 temperature = 0.8               # below 1 more predictable, above 1 more random; 0 the likeliest
 top_k: int | None = 200         # choose among the k likeliest; 0 or None: all
-top_p: float | None = None      # choose among the likeliest that reach this probability together
+top_p: float | None = None      # choose among the likeliest that reach p together; None: all
 seed = 1337                     # sample k of a seed is the same however many are drawn
 # System
 device = "auto"                 # auto, cpu, cuda, cuda:1, mps
@@ -44,8 +43,7 @@ def load(run):
     checkpoint = read_checkpoint(best if best.exists() or not newest.exists() else newest)
     config = GPTConfig.restored(checkpoint["model_args"], dropout=0.0)
     model = GPT.from_state(config, checkpoint["model"], run.device)
-    # nanoGPT's checkpoints name the dataset that tells how to decode
-    folder = ROOT / "data" / checkpoint["config"].get("dataset", "")
+    folder = ROOT / "data" / checkpoint["config"].get("dataset", "")  # what nanoGPT's files name
     return model, make_tokenizer(checkpoint.get("tokenizer") or read_meta(folder))
 
 
@@ -74,15 +72,13 @@ class Sample:
         """Append `piece`, up to where `stop` begins; nothing after that."""
         begin = max(0, len(self.content) - len(stop.encode()))
         self.content += b"" if self.done else piece
-        at = self.content.find(stop.encode(), begin) if stop else -1
-        if at >= 0:
+        if stop and stop.encode() in self.content[begin:]:
             self.done = True
-            del self.content[at:]
+            del self.content[self.content.index(stop.encode(), begin) :]
 
     def show(self, final):
         """Print what is new, but before the end nothing that may yet turn out to be `stop`."""
-        held = 0 if final or not stop else len(stop.encode()) - 1
-        end = max(self.shown, len(self.content) - held)
+        end = max(self.shown, len(self.content) - (0 if final else len(stop.encode()[1:])))
         print(self.decoder.decode(self.content[self.shown : end], final), end="", flush=True)
         self.shown = end
 
@@ -91,8 +87,7 @@ def check_settings():
     least = {"num_samples": 1, "max_new_tokens": 1, "temperature": 0, "top_k": 0, "seed": 0}
     wrong = [name for name in least if (globals()[name] or 0) < least[name]]
     faults = [f"{name}={globals()[name]} must be at least {least[name]}" for name in wrong]
-    if top_p is not None and not 0 < top_p <= 1:
-        faults.append(f"top_p={top_p} must be above 0 and at most 1")
+    faults += [f"top_p={top_p} must be between 0 and 1"] * (not 0 <= (top_p or 0) <= 1)
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -100,17 +95,16 @@ def check_settings():
 @runtime.one_line_errors()
 def main(config):
     check_settings()
-    run = runtime.start(device, dtype, compile is True, backend="gloo")
+    run = runtime.start(device, dtype, False if compile == "auto" else compile, "gloo")
     model, tokenizer = load(run)
     prompt = read_prompt(tokenizer, model.config.block_size)
     idx = torch.tensor([prompt] * num_samples, device=run.device)
     samples = [Sample(tokenizer.decode_bytes(prompt)) for _ in range(num_samples)]
     generators = [torch.Generator().manual_seed(seed * 2**24 + k) for k in range(num_samples)]
-    options = {"vocab_size": tokenizer.vocab_size, "generators": generators}
-    if run.compile:
-        runtime.compile_model(model, run, lambda: model.generate(idx[:1], 2))
+    more = {"vocab_size": tokenizer.vocab_size, "generators": generators}
+    runtime.compile_model(model, run, lambda: model.generate(idx, 2))
     with run.autocast():
-        for drawn in model.stream(idx, max_new_tokens, temperature, top_k, top_p, **options):
+        for drawn in model.stream(idx, max_new_tokens, temperature, top_k, top_p, **more):
             for sample, [token] in zip(samples, drawn.tolist(), strict=True):
                 sample.add(tokenizer.decode_bytes([token]))
             if num_samples == 1:

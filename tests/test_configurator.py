@@ -91,8 +91,9 @@ def test_an_argument_becomes_a_value_of_the_type_of_its_setting(configure, argum
         (["--flag=1"], "error: flag must be bool, got 1"),
         (["--most=x"], "error: most must be int or None, got 'x'"),
         (["count=1"], "error: no config file 'count=1'; a setting is given as --key=value"),
-        (["config/no.py"], "error: no config file 'config/no.py'; a setting is given as --key=value"),
-        (["--count=x", "--flag=x"], "error: count must be int, got 'x'\nerror: flag must be bool, got 'x'"),
+        (["no.py"], "error: no config file 'no.py'; a setting is given as --key=value"),
+        (["--count=x", "--flag=x"], "error: count must be int, got 'x'\n"
+                                    "error: flag must be bool, got 'x'"),
     ],
 )  # fmt: skip
 def test_a_mistake_gets_its_line(configure, arguments, line):

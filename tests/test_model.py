@@ -295,6 +295,7 @@ def test_tokens_are_drawn_by_their_probability():
         ({"top_p": 0.4}, {0}),
         ({"top_p": 0.6}, {0, 2}),
         ({"top_p": 1.0}, {0, 2, 3}),
+        ({"top_p": 0}, {0, 2, 3}),
         ({"top_k": 1, "top_p": 0.9}, {0}),
         ({"temperature": 0}, {0}),
     ],

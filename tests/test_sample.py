@@ -1,0 +1,115 @@
+"""Sampling and the benchmark, run as a user runs them."""
+
+import json
+
+import pytest
+import torch
+from conftest import TEXT, TINY
+
+import bench
+import model
+import sample
+import train
+
+
+@pytest.fixture
+def trained(launch, tiny, monkeypatch):
+    """Train a little model in out/ and remove its dataset: the checkpoint must be enough."""
+    launch(train, *TINY, "--max_iters=40", "--learning_rate=1e-2")
+    for path in (tiny / "data" / "tiny").iterdir():
+        path.unlink()
+    monkeypatch.setattr(sample, "ROOT", tiny)
+    return launch
+
+
+def texts(out):
+    parts = out.split("\n---------------\n")
+    assert parts.pop() == ""
+    return parts
+
+
+def test_samples_continue_the_prompt_and_are_apart(trained):
+    drawn = texts(trained(sample, "--start=1 plus", "--num_samples=3", "--max_new_tokens=30"))
+    assert len(drawn) == 3 and len(set(drawn)) == 3
+    assert all(text.startswith("1 plus") and len(text) == 36 for text in drawn)
+    assert all(set(text) <= set(TEXT) for text in drawn)
+
+
+def test_a_sample_does_not_depend_on_how_many_are_drawn(trained):
+    options = "--max_new_tokens=40", "--seed=5"
+    five = texts(trained(sample, "--num_samples=5", *options))
+    assert texts(trained(sample, "--num_samples=1", *options)) == five[:1]
+    assert texts(trained(sample, "--num_samples=2", *options)) == five[:2]
+    assert texts(trained(sample, "--num_samples=2", "--max_new_tokens=40", "--seed=6")) != five[:2]
+
+
+def test_temperature_0_repeats_itself(trained):
+    drawn = texts(trained(sample, "--temperature=0", "--num_samples=2", "--max_new_tokens=30"))
+    assert drawn[0] == drawn[1]
+    assert texts(trained(sample, "--top_k=1", "--num_samples=2", "--max_new_tokens=30")) == drawn
+    assert texts(trained(sample, "--top_p=1e-6", "--num_samples=2", "--max_new_tokens=30")) == drawn
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_sample_ends_before_stop(trained, count):
+    options = f"--num_samples={count}", "--max_new_tokens=60", "--start=2 plus"
+    free = texts(trained(sample, *options))
+    stopped = texts(trained(sample, *options, "--stop=ma"))
+    assert stopped == [text[: at if (at := text.find("ma")) >= 0 else None] for text in free]
+    assert any("ma" in text for text in free)
+
+
+def test_a_prompt_may_come_from_a_file_or_be_empty(trained, tiny):
+    (tiny / "prompt.txt").write_text("3 plus 4", encoding="utf-8")
+    options = "--num_samples=1", "--max_new_tokens=5"
+    assert trained(sample, "--start=FILE:prompt.txt", *options).startswith("3 plus 4")
+    assert trained(sample, "--start=", *options).startswith("\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--start=1+1"], "1 unknown characters: '+' (PLUS SIGN)"),
+        (["--start=" + "1" * 17], "the prompt has 17 tokens, the model reads 16 at most"),
+        (["--start=FILE:no.txt"], "[Errno 2] No such file or directory: 'no.txt'"),
+        (["--start=FILE:latin1.txt"], "FILE:latin1.txt is not UTF-8 text: 'utf-8' codec can't decode byte 0xe9 in position 3: unexpected end of data"),  # noqa: E501
+        (["--out_dir=no"], "no checkpoint no/ckpt.pt"),
+        (["--temperature=-1", "--num_samples=0"], "num_samples=0 must be at least 1\ntemperature=-1.0 must be at least 0"),  # noqa: E501
+        (["--top_p=2"], "top_p=2.0 must be between 0 and 1"),
+        (["--top_k=-1"], "top_k=-1 must be at least 0"),
+    ],
+)  # fmt: skip
+def test_a_mistake_gets_its_line(trained, tiny, arguments, line):
+    (tiny / "latin1.txt").write_bytes("Caf\u00e9".encode("latin-1"))
+    with pytest.raises(SystemExit) as stop:
+        trained(sample, *arguments)
+    assert stop.value.code == "\n".join(f"error: {part}" for part in line.splitlines())
+
+
+def test_sampling_leaves_the_optimizer_state_on_the_disk(trained, tiny, monkeypatch):
+    checkpoint = torch.load("out/ckpt.pt", weights_only=True)
+    for moments in checkpoint["optimizer"]["state"].values():
+        moments["exp_avg"] = torch.zeros(2**22)  # 16 MiB each, were they read
+    torch.save(checkpoint, "out/ckpt.pt")
+    opened, load = [], model.read_checkpoint
+    spy = lambda path: opened.append(load(path)) or opened[0]  # noqa: E731
+    monkeypatch.setattr(sample, "read_checkpoint", spy)
+    trained(sample, "--num_samples=1", "--max_new_tokens=5")
+    storage = opened[0]["optimizer"]["state"][0]["exp_avg"].untyped_storage()
+    with open("/proc/self/smaps") as file:
+        maps = file.read().split("ckpt.pt\n")[1:]
+    resident = sum(int(part.split("Rss:")[1].split()[0]) for part in maps)
+    assert storage.nbytes() == 2**24 and resident < 4096  # KiB
+
+
+def test_the_benchmark_times_the_real_step(launch, tiny, monkeypatch):
+    steps, step = [], train.train_step
+    monkeypatch.setattr(train, "train_step", lambda *a: (steps.append(a[4]), step(*a))[1])
+    monkeypatch.setattr(bench, "ROOT", tiny)
+    out = launch(bench, *TINY, "--steps=5", "--seconds=5", "--profile=True")
+    assert f"data: {tiny}/data/tiny/train.bin" in out and len(steps) >= 5
+    for start in ("hardware: 1 x cpu", "model: 0.03M", "step: 1 x 4 x 16 tokens, median ", "speed"):
+        assert sum(line.startswith(start) for line in out.splitlines()) == 1
+    assert json.load(open("trace.json"))["traceEvents"]
+    out = launch(bench, *TINY, "--dataset=no", "--steps=1", "--seconds=0")
+    assert "data: random.bin" in out and not (tiny / "out").exists()
