@@ -1,7 +1,6 @@
 """Train a GPT, on one CPU, one GPU, or many.
 
     python train.py config/train_shakespeare_char.py
-    python train.py config/train_shakespeare_char.py --device=cpu --max_iters=2000
     python train.py --init_from=resume --out_dir=out-shakespeare-char
     torchrun --nproc_per_node=8 train.py config/train_gpt2.py
 
@@ -87,9 +86,10 @@ def check_settings(world_size):
         fits = ", ".join(str(n) for n in range(1, 2 * world_size) if sequences % n == 0)
         step = f"batch_size * gradient_accumulation_steps = {sequences} sequences per step"
         faults.append(f"{step} divide among {fits} processes, not among {world_size}")
-    if decay_lr and decay_steps() <= warmup_iters:
+    last = max_iters if lr_decay_iters is None else lr_decay_iters
+    if decay_lr and last <= warmup_iters:
         late = f"warmup_iters={warmup_iters} leaves no step to decay in"
-        faults.append(f"{late} before lr_decay_iters={decay_steps()}; lower --warmup_iters")
+        faults.append(f"{late} before lr_decay_iters={last}; lower --warmup_iters")
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -165,18 +165,15 @@ def build_state(checkpoint, meta, run):
 # --- schedule ------------------------------------------------------------------------------------
 
 
-def decay_steps():
-    return max_iters if lr_decay_iters is None else lr_decay_iters
-
-
 def learning_rate_at(step):
     """Return the learning rate of `step`: linear warm-up, half a cosine to min_lr, constant."""
     if not decay_lr:
         return learning_rate
     lowest = learning_rate / 10 if min_lr is None else min_lr
+    last = max_iters if lr_decay_iters is None else lr_decay_iters
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
-    progress = min(1, (step - warmup_iters) / (decay_steps() - warmup_iters))
+    progress = min(1, (step - warmup_iters) / (last - warmup_iters))
     return lowest + (learning_rate - lowest) * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -322,17 +319,21 @@ def open_log(config, run):
     Path(out_dir).mkdir(parents=True, exist_ok=True)
     if init_from != "resume":
         set_aside()
-    file = open(Path(out_dir, "log.jsonl"), "a", encoding="utf-8", buffering=1)  # line by line
-    sinks = [lambda entry: file.write(json.dumps(entry) + "\n")]
-    sinks[0]({"settings": config})
     if wandb_log:
         try:
             import wandb
         except ImportError:
             raise ValueError("wandb_log=True needs wandb: pip install -e '.[wandb]'") from None
-        about = {"project": wandb_project, "name": wandb_run_name, "config": config}
-        sinks.append(wandb.init(dir=out_dir, **about).log)
-    return lambda entry: [sink(entry) for sink in sinks]
+        wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir)
+
+    def write(entry):
+        with open(Path(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        if wandb_log:
+            wandb.log(entry)
+
+    write({"settings": config})
+    return write
 
 
 def log_step(step, loss, grad_norm, seconds, model, run, log):
@@ -343,7 +344,7 @@ def log_step(step, loss, grad_norm, seconds, model, run, log):
     speed = f"{tokens / seconds:,.0f} tok/s" + (f", mfu {mfu:.2%}" if mfu else "")
     left = timedelta(seconds=round((max_iters - step - 1) * seconds))
     head = f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms"
-    run.say(f"{head}, {speed}, grad norm {grad_norm:.2f}, {left} left")
+    run.say(f"{head}, {speed}, norm {grad_norm:.2f}, {left} left")
     rates = {"lr": learning_rate_at(step), "tokens_per_second": tokens / seconds, "mfu": mfu}
     log({"iter": step, "loss": loss, "grad_norm": grad_norm, "ms": seconds * 1000, **rates})
 
@@ -369,8 +370,7 @@ def main(config):
     check_settings(run.world_size)
     data, meta = load_data()
     state = build_state(checkpoint, meta, run)
-    sizes = gradient_accumulation_steps, batch_size, block_size
-    batches = Batches(data["train"], *sizes, seed, run)
+    batches = Batches(data["train"], gradient_accumulation_steps, batch_size, block_size, seed, run)
     runtime.compile_model(state.model, run, lambda: try_step(state.model, batches, state.step, run))
     model = runtime.wrap(state.model, run)
     log = open_log(config, run)

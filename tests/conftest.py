@@ -13,7 +13,7 @@ from data.tokens import CharTokenizer, char_meta, write_dataset
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # real corpora, where they are
 TINY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --dataset=tiny".split()
-TINY += "--gradient_accumulation_steps=1 --device=cpu --dtype=float32 --warmup_iters=2".split()
+TINY += "--gradient_accumulation_steps=1 --device=cpu --dtype=float32 --warmup_iters=0".split()
 TEXT = "".join(f"{n} plus {m} makes {n + m}.\n" for n in range(40) for m in range(5))
 
 
@@ -24,6 +24,7 @@ def launch(capsys, monkeypatch):
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
         others = [vars(train)] if script.__name__ == "bench" else []
+        capsys.readouterr()
         script.main(configure(vars(script), *others))
         return capsys.readouterr().out
 

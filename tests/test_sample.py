@@ -110,6 +110,6 @@ def test_the_benchmark_times_the_real_step(launch, tiny, monkeypatch):
     assert f"data: {tiny}/data/tiny/train.bin" in out and len(steps) >= 5
     for start in ("hardware: 1 x cpu", "model: 0.03M", "step: 1 x 4 x 16 tokens, median ", "speed"):
         assert sum(line.startswith(start) for line in out.splitlines()) == 1
-    assert json.load(open("trace.json"))["traceEvents"]
+    assert json.loads((tiny / "trace.json").read_text())["traceEvents"]
     out = launch(bench, *TINY, "--dataset=no", "--steps=1", "--seconds=0")
     assert "data: random.bin" in out and not (tiny / "out").exists()
