@@ -23,7 +23,7 @@ from data.tokens import GPT2, Batches, TokenFile, read_meta
 
 # Benchmark
 steps = 100                         # steps to measure at most
-seconds = 60.0                      # time to measure them in; 2 are measured in any case
+seconds = 60.0                      # time to take them in; one is measured in any case
 real_data = True                    # the dataset, where it is prepared; False: random tokens
 profile = False                     # write trace.json and print the operators that take longest
 gradient_accumulation_steps = 1     # micro-batches per step; train.py's own default is 40
@@ -44,21 +44,20 @@ def load_tokens(scratch):
 
 
 def time_steps(step, run):
-    """Return seconds per step of step(0), step(1), ..., by laps, after two steps that warm up.
+    """Return seconds per step of step(1), step(2), ..., by laps; step(0) warms up.
 
     Laps are of up to 10 steps, as between log lines, so that waiting for the device costs little.
     """
-    step(0)
     began = run.now()
-    step(1)
-    lap = max(1, min(10, round(0.1 / (run.now() - began))))
-    times, index = [], 2
-    while len(times) < 2 or (index < steps and sum(times) * lap < seconds):
-        began = run.now()
+    step(0)
+    times, index, lap = [], 1, 1
+    while not times or (index < steps and run.now() - began < seconds):
+        lap_began = run.now()
         for _ in range(lap):
             step(index)
             index += 1
-        times.append((run.now() - began) / lap)
+        times.append((run.now() - lap_began) / lap)
+        lap = max(1, min(10, round(0.1 / times[-1])))
     return times
 
 
