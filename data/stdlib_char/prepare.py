@@ -22,14 +22,15 @@ from runtime import one_line_errors  # noqa: E402
 input: str | None = None  # folder of a standard library; None: the running interpreter's
 
 FOLDER = Path(__file__).resolve().parent
-# Distributions split these off or leave them out.
+# Distributions of Python split these off or leave them out.
 OPTIONAL = {"ensurepip", "idlelib", "lib2to3", "distutils", "tkinter", "turtledemo", "turtle"}
+TABLES = {"encodings", "pydoc_data"}  # megabytes of data, from which a model learns no Python
 TESTS = {"test", "tests", "idle_test"}
 
 
 def sources(folder):
     """Yield the text of each module file of the standard library in `folder`, sorted by path."""
-    names = sys.stdlib_module_names - OPTIONAL
+    names = sys.stdlib_module_names - OPTIONAL - TABLES
     paths = [*folder.glob("*.py"), *(p for name in names for p in (folder / name).rglob("*.py"))]
     for path in sorted(paths, key=lambda path: path.relative_to(folder).as_posix()):
         parts = path.relative_to(folder).with_suffix("").parts
