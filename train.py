@@ -192,8 +192,7 @@ def train_step(model, optimizer, scaler, batches, step, run):
     micro_batches, mean_loss = batches(step), 0.0
     share = sum(map(len, micro_batches))  # sequences of this rank
     for count, tokens in enumerate(micro_batches, start=1):
-        # DistributedDataParallel averages gradients in the backward in which this is set
-        model.require_backward_grad_sync = count == len(micro_batches)
+        model.require_backward_grad_sync = count == len(micro_batches)  # DDP averages only then
         tokens = tokens.to(run.device, non_blocking=True)
         with run.autocast():
             _, loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -332,7 +331,8 @@ def open_log(config, run):
         if wandb_log:
             wandb.log(entry)
 
-    write({"settings": config})
+    chosen = {"device": str(run.device), "dtype": str(run.dtype)[6:], "compile": run.compile}
+    write({"settings": {**config, **chosen, "world_size": run.world_size}})
     return write
 
 

@@ -188,7 +188,8 @@ def test_exactly_max_iters_updates_then_a_last_evaluation(launch, tiny, monkeypa
     starts = [line.split(":")[0] for line in out.splitlines()[4:]]
     assert starts == ["step 0", "iter 0", "iter 2", "step 4", "iter 4", "step 5"]
     entries = log("out")
-    assert entries[0]["settings"]["max_iters"] == 5
+    resolved = {"max_iters": 5, "device": "cpu", "dtype": "float32", "compile": False}
+    assert {key: entries[0]["settings"][key] for key in resolved} == resolved
     assert [e["iter"] for e in entries[1:]] == [0, 0, 2, 4, 4, 5]
 
 
