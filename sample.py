@@ -50,9 +50,9 @@ def load(run):
 def read_prompt(tokenizer, block_size):
     """Return the ids of the prompt."""
     text = start
-    if text.startswith("FILE:"):
+    if start.startswith("FILE:"):
         try:
-            text = Path(text.removeprefix("FILE:")).read_text(encoding="utf-8")
+            text = Path(start[5:]).read_text(encoding="utf-8")
         except UnicodeDecodeError as fault:
             raise ValueError(f"{start} is not UTF-8 text: {fault}") from None
     ids = tokenizer.encode(text or "\n") if text or tokenizer.eot is None else [tokenizer.eot]
@@ -65,12 +65,12 @@ class Sample:
     """The text of one sample, in bytes: a token may hold half a character."""
 
     def __init__(self, prompt):
-        self.content, self.shown, self.done = bytearray(prompt), 0, False
+        self.content, self.prompt, self.shown, self.done = bytearray(prompt), len(prompt), 0, False
         self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def add(self, piece):
         """Append `piece`, up to where `stop` begins; nothing after that."""
-        begin = max(0, len(self.content) - len(stop.encode()))
+        begin = max(self.prompt, len(self.content) - len(stop.encode()))
         self.content += b"" if self.done else piece
         if stop and stop.encode() in self.content[begin:]:
             self.done = True
@@ -99,7 +99,7 @@ def main(config):
     model, tokenizer = load(run)
     prompt = read_prompt(tokenizer, model.config.block_size)
     idx = torch.tensor([prompt] * num_samples, device=run.device)
-    samples = [Sample(tokenizer.decode_bytes(prompt)) for _ in range(num_samples)]
+    samples = [Sample(tokenizer.decode_bytes(prompt) if start else b"") for _ in range(num_samples)]
     generators = [torch.Generator().manual_seed(seed * 2**24 + k) for k in range(num_samples)]
     more = {"vocab_size": tokenizer.vocab_size, "generators": generators}
     runtime.compile_model(model, run, lambda: model.generate(idx, 2))

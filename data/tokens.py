@@ -176,7 +176,7 @@ class BPETokenizer:
             self.encoding = tiktoken.get_encoding(meta["tokenizer"])
         except (OSError, ValueError) as fault:  # no network, no such encoding
             advice = "offline, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled elsewhere"
-            reason = str(fault).splitlines()[0][:100]
+            reason = str(fault).splitlines()[0].partition("(")[0]
             raise ValueError(f"no tokenizer {meta['tokenizer']}: {reason}; {advice}") from None
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 
