@@ -255,7 +255,7 @@ class State:
 
 
 def open_checkpoint(config):
-    """Return the newest checkpoint in out_dir, after making its settings those of this run."""
+    """Return the newest checkpoint in out_dir, its settings now this run's; and what changed."""
     paths = [path for path in (Path(out_dir, "last.pt"), Path(out_dir, "ckpt.pt")) if path.exists()]
     if not paths:
         raise ValueError(f"no ckpt.pt in {out_dir} to resume; name its folder with --out_dir")
@@ -263,9 +263,7 @@ def open_checkpoint(config):
     if "optimizer" not in checkpoint:
         raise ValueError(f"the checkpoint in {out_dir} holds no optimizer state to resume with")
     saved = {**checkpoint["config"], **checkpoint["model_args"]}
-    for line in restore(globals(), saved, config, keep=("out_dir", "init_from", "eval_only")):
-        print(line)
-    return checkpoint
+    return checkpoint, restore(globals(), saved, config, ("out_dir", "init_from", "eval_only"))
 
 
 def set_aside():
@@ -365,8 +363,10 @@ def describe(run, state, data):
 
 @runtime.one_line_errors()
 def main(config):
-    checkpoint = open_checkpoint(config) if init_from == "resume" else None
+    checkpoint, changes = open_checkpoint(config) if init_from == "resume" else (None, [])
     run = runtime.start(device, dtype, compile, backend)
+    for line in changes:
+        run.say(line)
     check_settings(run.world_size)
     data, meta = load_data()
     state = build_state(checkpoint, meta, run)
