@@ -8,6 +8,7 @@ arXiv:2005.14165, appendix B) for the optimizer; nanoGPT for parameter names and
 
 import math
 import pickle
+import zipfile
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -372,6 +373,9 @@ def read_checkpoint(path):
     """
     if not path.exists():
         raise ValueError(f"no checkpoint {path}")
+    if not zipfile.is_zipfile(path):
+        reason = "it was cut short or is another kind of file"
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}")
     try:
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         keys = ("model", "model_args", "iter_num", "config")
