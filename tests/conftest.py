@@ -5,12 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import train
 from configurator import configure
 from data.tokens import CharTokenizer, char_meta, write_dataset
 
 ROOT = Path(__file__).resolve().parents[1]
+torch.set_num_threads(1)  # the models are tiny: on a busy machine more threads wait for each other
 SHARED = ROOT.parent / "shared" / "data"  # real corpora, where they are
 TINY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --dataset=tiny".split()
 TINY += "--gradient_accumulation_steps=1 --device=cpu --dtype=float32 --warmup_iters=0".split()
