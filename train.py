@@ -287,10 +287,10 @@ def save(state, step, losses, config, run):
     if not math.isfinite(losses["train"] + losses["val"]):
         raise ValueError(f"step {step}: the loss is not finite; the last checkpoint is kept")
     improved, began = losses["val"] < state.best_val_loss, state.step == step < max_iters
-    state.step, state.best_val_loss = step, min(losses["val"], state.best_val_loss)
-    if run.rank > 0 or eval_only or began:
+    if run.rank > 0 or eval_only or began:  # what is not saved does not count as the best
         return
-    names = ["ckpt.pt"] if always_save_checkpoint else ["last.pt"] + ["ckpt.pt"] * improved
+    state.step, state.best_val_loss = step, min(losses["val"], state.best_val_loss)
+    names = ["ckpt.pt"] if always_save_checkpoint else ["ckpt.pt"] * improved + ["last.pt"]
     checkpoint = {
         "model": state.model.state_dict(),
         "optimizer": state.optimizer.state_dict(),
@@ -314,14 +314,14 @@ def open_log(config, run):
     if run.rank > 0 or eval_only:
         return lambda entry: None
     Path(out_dir).mkdir(parents=True, exist_ok=True)
-    if init_from != "resume":
-        set_aside()
     if wandb_log:
         try:
             import wandb
         except ImportError:
             raise ValueError("wandb_log=True needs wandb: pip install -e '.[wandb]'") from None
         wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir)
+    if init_from != "resume":
+        set_aside()
 
     def write(entry):
         with open(Path(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
