@@ -51,12 +51,13 @@ def time_steps(step, run):
     began = run.now()
     step(0)
     times, index, lap = [], 1, 1
-    while not times or (index < steps and run.now() - began < seconds):
+    # Ranks have clocks of their own and must agree when to stop: they share the mean.
+    while not times or (index < steps and run.sum(run.now() - began) / run.world_size < seconds):
         lap_began = run.now()
         for _ in range(lap):
             step(index)
             index += 1
-        times.append((run.now() - lap_began) / lap)
+        times.append(run.sum(run.now() - lap_began) / run.world_size / lap)
         lap = max(1, min(10, round(0.1 / times[-1])))
     return times
 
@@ -88,6 +89,8 @@ def write_profile(step, run):
 def main(config):
     run = runtime.start(train.device, train.dtype, train.compile, train.backend)
     train.check_settings(run.world_size)
+    if train.init_from == "resume":
+        raise ValueError("bench.py times a new model; leave --init_from=resume out")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         tokens, meta = load_tokens(scratch)
     state = train.build_state(None, meta, run)
