@@ -82,7 +82,7 @@ def main(config):
     paths = sorted(p for p in source.rglob("*") if p.suffix in (".txt", ".md")) or [source]
     if not input or not paths[0].is_file():
         raise ValueError(f"--input={input}: give a text file, or a folder with .txt or .md files")
-    if folder.parent != DATA or (folder / "prepare.py").exists():
+    if folder.resolve().parent != DATA or (folder / "prepare.py").exists():
         raise ValueError(f"--dataset={dataset}: give a new name, of a folder to be made in {DATA}")
     count, characters = read_through(paths)
     print(f"{len(paths)} files, {count:,} characters, {len(characters):,} different ones")
@@ -90,6 +90,8 @@ def main(config):
     encoder, cut = make_tokenizer(meta), int((1 - val_fraction) * count)
     if tokenizer not in ("char", "gpt2"):
         meta["vocab_size"] = encoder.vocab_size
+    if not 0 < cut < count:
+        raise ValueError(f"val_fraction={val_fraction} of {count} characters leaves a split empty")
     splits = {"train": (0, cut), "val": (cut, count)}
     write_dataset(folder, meta, **{k: encoded(paths, encoder, *splits[k]) for k in splits})
 
