@@ -206,6 +206,22 @@ def test_the_best_and_the_newest_are_kept_apart(launch, tiny, monkeypatch):
     assert load("out/ckpt.pt")["iter_num"] == 2 and load("out/last.pt")["iter_num"] == 5
 
 
+def test_a_kill_between_the_two_saves_leaves_the_best_model(launch, tiny, monkeypatch):
+    values, real = iter([3.0, 2.0]), train.atomic
+
+    def killed(path):
+        if path.name == "last.pt":
+            raise KeyboardInterrupt
+        return real(path)
+
+    monkeypatch.setattr(train, "evaluate", lambda *a: {"train": 1.0, "val": next(values)})
+    monkeypatch.setattr(train, "atomic", killed)
+    with pytest.raises(SystemExit):
+        launch(train, *TINY, "--max_iters=2", "--eval_interval=2", "--always_save_checkpoint=False")
+    best = load("out/ckpt.pt")
+    assert (best["iter_num"], best["best_val_loss"]) == (2, 2.0)
+
+
 def test_a_broken_model_is_never_saved(launch, tiny, monkeypatch):
     values = iter([3.0, 2.0, math.nan])
     monkeypatch.setattr(train, "evaluate", lambda *a: {"train": 1.0, "val": next(values)})
