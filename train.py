@@ -280,9 +280,9 @@ def set_aside():
 
 
 def save(state, step, losses, config, run):
-    """Write the state at `step` to ckpt.pt, or to last.pt and, if the best, to ckpt.pt; on rank 0.
+    """Write the state at `step`, on rank 0; ValueError rather than save a broken model.
 
-    What training began with is not saved again. Raises ValueError rather than save a broken model.
+    The best goes to ckpt.pt first: last.pt has its loss too, so a kill in between costs nothing.
     """
     if not math.isfinite(losses["train"] + losses["val"]):
         raise ValueError(f"step {step}: the loss is not finite; the last checkpoint is kept")
