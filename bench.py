@@ -11,6 +11,7 @@ import math
 import statistics
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,13 +52,13 @@ def time_steps(step, run):
     began = run.now()
     step(0)
     times, index, lap = [], 1, 1
-    # Ranks have clocks of their own and must agree when to stop: they share the mean.
-    while not times or (index < steps and run.sum(run.now() - began) / run.world_size < seconds):
+    # Ranks have clocks of their own and must agree when to stop: the slowest counts.
+    while not times or (index < steps and run.reduce("max", run.now() - began) < seconds):
         lap_began = run.now()
         for _ in range(lap):
             step(index)
             index += 1
-        times.append(run.sum(run.now() - lap_began) / run.world_size / lap)
+        times.append(run.reduce("max", run.now() - lap_began) / lap)
         lap = max(1, min(10, round(0.1 / times[-1])))
     return times
 
@@ -87,7 +88,7 @@ def write_profile(step, run):
 
 @runtime.one_line_errors()
 def main(config):
-    run = runtime.start(train.device, train.dtype, train.compile, train.backend)
+    run = runtime.start(train.device, train.dtype, train.compile, train.backend, train.timeout)
     train.check_settings(run.world_size)
     if train.init_from == "resume":
         raise ValueError("bench.py times a new model; leave --init_from=resume out")
@@ -101,11 +102,11 @@ def main(config):
     flops = state.model.flops_per_token()
     millions = state.model.get_num_params() / 1e6
     run.say(f"model: {millions:.2f}M parameters, {flops / 1e6:,.0f} MFLOPs per token")
-    runtime.compile_model(state.model, run, lambda: train.try_step(state.model, batches, 0, run))
+    run = runtime.compile_model(state.model, run, partial(train.try_step, state, batches, run))
     model = runtime.wrap(state.model, run)
 
     def step(index):
-        train.train_step(model, state.optimizer, state.scaler, batches, index, run)
+        train.train_step(model, state, batches, index, run)
 
     times = time_steps(step, run)
     median, per_step = statistics.median(times), math.prod(sizes)

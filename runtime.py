@@ -3,9 +3,11 @@
 import ctypes
 import importlib.util
 import os
+import signal
 import time
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,10 @@ PEAKS = {
     "L40S": (362, 183), "L4": (121, 60), "RTX 5090": (209, 105), "RTX 4090": (165, 83),
     "RTX 3090": (71, 36), "V100": (125, 15.7), "T4": (65, 8.1),
 }  # fmt: skip
+
+_store = None  # what torchrun's processes share, with or without a group
+_signals = []  # those that catch_signals() caught
+_handlers = {}  # what it replaced, by name of the signal
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,21 @@ class Run:
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def sum(self, number):
-        """Return a number summed over all ranks. Every rank must call it."""
-        total = torch.tensor(number, dtype=torch.float64)
-        if self.world_size > 1:
-            dist.all_reduce(total := total.to(self.device))
+    def reduce(self, op, number):
+        """Return the "sum", "min" or "max" of a number over all ranks. Every rank must call it."""
+        if self.world_size == 1:
+            return number
+        total = torch.tensor(number, dtype=torch.float64)  # on the CPU: no sync of a GPU
+        dist.all_reduce(total, getattr(dist.ReduceOp, op.upper()))
         return total.item()
 
-    def say(self, *words):
+    def stop_requested(self):
+        """Return the signal that asked any rank to stop, else 0. Every rank must call it."""
+        return int(self.reduce("max", max(_signals, default=0)))
+
+    def say(self, *words, **options):
         if self.rank == 0:
-            print(*words, flush=True)
+            print(*words, flush=True, **options)
 
     def now(self):
         """Return a time in seconds, after the device has done the work it was given."""
@@ -57,7 +68,7 @@ class Run:
         return peaks and peaks[self.dtype == torch.float32] * 1e12
 
 
-def start(device, dtype, compile, backend):
+def start(device, dtype, compile, backend="gloo", timeout=600):
     """Return the Run for the settings of these names, in the group that torchrun made, if any."""
     device = choose_device(device, int(os.environ.get("LOCAL_RANK", 0)))
     dtype, why_dtype = choose_dtype(dtype, device)
@@ -70,8 +81,10 @@ def start(device, dtype, compile, backend):
         with suppress(AttributeError, OSError, TypeError):  # there is no glibc
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
             ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
-    if world_size > 1:
-        dist.init_process_group(backend if device.type == "cuda" else "gloo")
+    if world_size > 1:  # gloo also on GPUs, for the numbers that only the hosts share
+        backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
+        place = {"store": _store, "rank": rank, "world_size": world_size}
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **place)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     about = f"{world_size} x {name}, {str(dtype)[6:]} ({why_dtype}), {why_compile}"
     return Run(device, dtype, compile, rank, world_size, name, about)
@@ -116,35 +129,138 @@ def choose_compile(setting, device):
 
 
 def compile_model(model, run, attempt):
-    """Compile `model` in place if the run wants it and `attempt()`, which calls it, then works."""
+    """Compile `model` in place if `run` wants it; return `run` with what came of it.
+
+    Where `attempt()`, which calls the model, then fails, the model is left as it was.
+    """
+    if not run.compile:
+        return run
     try:
-        if run.compile:
-            model.compile()
-            with run.autocast():
-                attempt()
+        model.compile()
+        with run.autocast():
+            attempt()
+        return run
+    except (ValueError, torch.OutOfMemoryError):
+        raise
     except Exception as fault:  # no compiler, no driver, an unsupported Python: all sorts
         model._compiled_call_impl = None  # undoes Module.compile()
+        model.zero_grad(set_to_none=True)
         run.say(f"not compiled, which is slower: {type(fault).__name__}: {fault}".splitlines()[0])
+        return replace(run, compile=False, about=f"{run.about}, but that failed")
+
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def shard(model, run):
+    """Spread the parameters of `model` over all ranks, in place, block by block (FSDP2)."""
+    from torch.distributed.fsdp import fully_shard  # here, because it takes a second to import
+
+    mesh = dist.init_device_mesh(run.device.type, (run.world_size,))
+    for part in (*model.transformer.h, model):
+        fully_shard(part, mesh=mesh)
+    return model
 
 
 def wrap(model, run):
-    """Return `model`, made to average gradients over ranks when there are several."""
-    parallel = torch.nn.parallel.DistributedDataParallel
-    return model if run.world_size == 1 else parallel(model, gradient_as_bucket_view=True)
+    """Return `model`, made to average gradients over ranks, as a sharded one does by itself."""
+    if run.world_size == 1 or is_sharded(next(model.parameters())):
+        return model
+    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")  # a DTensor
+
+
+def like(parameter, tensor):
+    """Return `tensor`, sharded as `parameter` of the same shape is, if it is."""
+    if not is_sharded(parameter):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+
+
+def joined(tensor):
+    """Return `tensor`, put together if it is sharded. Every rank must call it."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def whole(tree, run):
+    """Return `tree` of dicts and tensors with sharded ones put together, every rank calling it.
+
+    They come to the CPU on rank 0, one by one, and are None elsewhere.
+    """
+    if isinstance(tree, dict):
+        return {key: whole(value, run) for key, value in tree.items()}
+    if not is_sharded(tree):
+        return tree
+    tensor = joined(tree)
+    return tensor.cpu() if run.rank == 0 else None
+
+
+# --- the end of a process ------------------------------------------------------------------------
+
+
+def catch_signals():
+    """Let SIGTERM, SIGINT and SIGUSR1 only ask to stop; a second SIGINT ends the process at once.
+
+    Run.stop_requested() tells.
+    """
+
+    def note(number, frame):
+        _signals.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    _signals.clear()
+    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):  # Windows has no SIGUSR1
+            _handlers[name] = signal.signal(getattr(signal, name), note)
+
+
+def explain(fault):
+    """Return the lines that tell a user what to mend, or None: then it is a bug of ours."""
+    text = str(fault)
+    if isinstance(fault, OSError) and fault.filename:
+        return f"{fault.filename}: {fault.strerror}"
+    if isinstance(fault, ValueError | OSError | ImportError):
+        return text
+    if isinstance(fault, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
+        return "out of memory: halve --batch_size and double --gradient_accumulation_steps"
+    if isinstance(fault, dist.DistError) or "gloo" in text:
+        reason = text.splitlines()[0].rpartition("] ")[2].partition(". ")[0]
+        return f"another process is gone or out of reach ({reason}); --init_from=resume goes on"
+    return None
 
 
 @contextmanager
 def one_line_errors():
-    """End a script on a user's mistake with a line per fault and status 1, without a traceback."""
+    """End a script on a user's mistake with a line per fault and status 1, without a traceback.
+
+    Ranks that fail alike speak once.
+    """
+    global _store
+    rank, several = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)) > 1
     try:
+        if several:
+            attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # else it meets old keys
+            _store = dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
         yield
-    except (ValueError, OSError, ImportError) as fault:
-        raise SystemExit("\n".join(f"error: {line}" for line in str(fault).splitlines())) from None
-    except torch.OutOfMemoryError:
-        advice = "halve --batch_size and double --gradient_accumulation_steps"
-        raise SystemExit(f"error: out of GPU memory; {advice} for the same result") from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None  # 128 + SIGINT
+    except Exception as fault:
+        lines = explain(fault)
+        if lines is None:
+            raise
+        time.sleep(rank > 0)  # seconds, in which rank 0 speaks for all who made its mistake
+        if isinstance(fault, ValueError) and several and _store.add(lines, 1) > 1:
+            raise SystemExit(1) from None
+        prefix = f"error: rank {rank}: " if rank else "error: "
+        raise SystemExit("\n".join(prefix + line for line in lines.splitlines())) from None
     finally:
+        for name in _handlers:
+            signal.signal(getattr(signal, name), _handlers[name])
+        _handlers.clear()
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -95,7 +95,7 @@ def check_settings():
 @runtime.one_line_errors()
 def main(config):
     check_settings()
-    run = runtime.start(device, dtype, False if compile == "auto" else compile, "gloo")
+    run = runtime.start(device, dtype, False if compile == "auto" else compile)
     model, tokenizer = load(run)
     prompt = read_prompt(tokenizer, model.config.block_size)
     idx = torch.tensor([prompt] * num_samples, device=run.device)

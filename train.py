@@ -9,9 +9,13 @@ Every loss is a mean cross-entropy in nats per token.
 
 import json
 import math
+import os
+import signal
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +35,7 @@ log_interval = 1                    # steps between log lines
 eval_iters = 200                    # evaluate at most this many batches per split
 eval_only = False                   # evaluate once, write nothing, stop
 always_save_checkpoint = True       # False: ckpt.pt is the best model and last.pt the newest
-init_from = "scratch"               # scratch, resume, gpt2, gpt2-medium, -large, -xl, a folder
+init_from = "scratch"               # scratch, resume, auto (either), gpt2, gpt2-xl, a folder
 # Weights & Biases
 wandb_log = False                   # send the log there too
 wandb_project = "owt"               # its project
@@ -54,6 +58,7 @@ weight_decay = 1e-1                 # on matrices
 beta1 = 0.9                         # AdamW: decay of the mean gradient
 beta2 = 0.95                        # AdamW: decay of the mean squared gradient
 grad_clip = 1.0                     # longest gradient; 0: no limit
+max_bad_steps = 5                   # stop after so many in a row without a finite gradient
 # Schedule
 decay_lr = True                     # warm up, then decay; False: learning_rate throughout
 warmup_iters = 2000                 # steps of linear warm-up
@@ -62,6 +67,8 @@ min_lr: float | None = None         # the lowest; None: a tenth of learning_rate
 # System
 seed = 1337                         # of the initial weights, the batches and dropout
 backend = "nccl"                    # of the process group on GPUs; CPUs use gloo
+fsdp = False                        # shard weights and optimizer over the processes
+timeout = 600.0                     # seconds that processes wait for one another
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16 (scales the loss)
 compile: bool | str = "auto"        # auto, True, False: torch.compile, where it works
@@ -71,14 +78,18 @@ ROOT = Path(__file__).resolve().parent
 
 def check_settings(world_size):
     """Raise ValueError with one line for each setting that cannot work."""
-    from_1 = "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd"
-    from_1 = f"{from_1} eval_interval log_interval eval_iters".split()
-    from_0 = "learning_rate weight_decay grad_clip warmup_iters max_iters seed".split()
-    faults = [f"{k}={globals()[k]} must be at least 1" for k in from_1 if globals()[k] < 1]
-    faults += [f"{k}={globals()[k]} must be at least 0" for k in from_0 if globals()[k] < 0]
-    for key in ("dropout", "beta1", "beta2"):
-        if not 0 <= globals()[key] < 1:
-            faults.append(f"{key}={globals()[key]} must be at least 0 and below 1")
+    from_1 = "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd timeout"
+    from_1 += " eval_interval log_interval eval_iters max_bad_steps"
+    from_0 = "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_iters"
+    ranges = [(key, 1, 2**63) for key in from_1.split()]  # below what an int64 holds
+    ranges += [(key, 0, 2**63) for key in (*from_0.split(), "seed")]
+    ranges += [(key, 0, 1) for key in ("dropout", "beta1", "beta2")]
+    faults = []
+    for key, least, limit in ranges:
+        value = globals()[key]
+        if value is not None and not least <= value < limit:  # as is NaN
+            rest = "" if value < least else f" and below {limit}"
+            faults.append(f"{key}={value} must be at least {least}{rest}")
     if n_head > 0 and n_embd % n_head:
         faults.append(f"n_embd={n_embd} is no multiple of n_head={n_head}")
     sequences = batch_size * gradient_accumulation_steps
@@ -90,6 +101,10 @@ def check_settings(world_size):
     if decay_lr and last <= warmup_iters:
         late = f"warmup_iters={warmup_iters} leaves no step to decay in"
         faults.append(f"{late} before lr_decay_iters={last}; lower --warmup_iters")
+    folder = Path(out_dir).absolute()
+    place = next(path for path in (folder, *folder.parents) if path.exists())
+    if not (eval_only or place.is_dir() and os.access(place, os.W_OK)):
+        faults.append(f"out_dir={out_dir}: {place} is not a folder that can be written to")
     if faults:
         raise ValueError("\n".join(faults))
 
@@ -116,11 +131,7 @@ def check_vocabulary(meta, vocab_size):
 
 def build_model(checkpoint, meta, run):
     """Return the bare model on the device of `run`, as `init_from` says."""
-    if init_from == "scratch":
-        torch.manual_seed(seed)
-        fields = (block_size, meta["vocab_size"], n_layer, n_head, n_embd, dropout, bias)
-        return GPT(GPTConfig(*fields)).to(run.device)
-    if init_from == "resume":
+    if checkpoint:
         if checkpoint.get("tokenizer", meta) != meta:
             raise ValueError(f"dataset {dataset} is encoded unlike the checkpoint's data")
         config = GPTConfig.restored(checkpoint["model_args"], dropout)
@@ -129,6 +140,10 @@ def build_model(checkpoint, meta, run):
             if globals()[name] != getattr(config, name):
                 raise ValueError(f"the checkpoint has {name}={getattr(config, name)} and keeps it")
         model = GPT.from_state(config, checkpoint["model"], run.device)
+    elif init_from in ("scratch", "auto"):
+        torch.manual_seed(seed)
+        fields = (block_size, meta["vocab_size"], n_layer, n_head, n_embd, dropout, bias)
+        return GPT(GPTConfig(*fields)).to(run.device)
     else:
         if init_from.startswith("gpt2"):
             check_vocabulary(meta, 50257)  # before anything is downloaded
@@ -144,22 +159,37 @@ def build_model(checkpoint, meta, run):
 def build_state(checkpoint, meta, run):
     """Return the State that training starts from: a new one, or that of `checkpoint`."""
     model = build_model(checkpoint, meta, run)
+    if fsdp and run.world_size > 1:
+        runtime.shard(model, run)
     rates = weight_decay, learning_rate, (beta1, beta2)
     optimizer = model.configure_optimizers(*rates, run.device.type)
     scaler = torch.amp.GradScaler(run.device.type, enabled=run.dtype == torch.float16)
-    if not checkpoint:
-        return State(model, optimizer, scaler, meta, 0, math.inf)
-    saved = checkpoint["optimizer"]
-    for ours, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
-        theirs |= {key: value for key, value in ours.items() if key != "params"}  # settings rule
-    shapes = [p.shape for group in optimizer.param_groups for p in group["params"]]
-    for index, moments in saved["state"].items():  # only a cropped position table is shorter
-        moments |= {k: v[: shapes[index][0]] for k, v in moments.items() if v.dim()}
-    optimizer.load_state_dict(saved)
-    if checkpoint.get("scaler"):
-        scaler.load_state_dict(checkpoint["scaler"])
-    step, best = checkpoint["iter_num"], float(checkpoint.get("best_val_loss", math.inf))
-    return State(model, optimizer, scaler, meta, step, best)
+    state = State(model, optimizer, scaler, meta, torch.zeros((), device=run.device))
+    if checkpoint:
+        load_optimizer(optimizer, checkpoint["optimizer"], run)
+        if checkpoint.get("scaler"):
+            scaler.load_state_dict(checkpoint["scaler"])
+        state.step, state.wandb_id = checkpoint["iter_num"], checkpoint.get("wandb_id")
+        state.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
+    if run.reduce("min", state.step) != run.reduce("max", state.step):
+        raise ValueError(f"machines resume from different steps: they must share out_dir={out_dir}")
+    return state
+
+
+def load_optimizer(optimizer, saved, run):
+    """Fill `optimizer` with the moments of `saved`, its state_dict(); the settings stay ours."""
+    try:
+        for ours, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+            theirs |= {key: value for key, value in ours.items() if key != "params"}
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, moments in saved["state"].items():
+            for name in ("exp_avg", "exp_avg_sq"):  # only a cropped position table is shorter
+                moment = moments[name][: len(parameters[index])].to(run.device, copy=True)
+                assert moment.shape == parameters[index].shape, (moment.shape, index)
+                moments[name] = runtime.like(parameters[index], moment)  # no longer in the file
+        optimizer.load_state_dict(saved)
+    except (LookupError, TypeError, AttributeError, AssertionError, ValueError) as fault:
+        raise ValueError(f"the checkpoint's optimizer fits another model: {fault}") from None
 
 
 # --- schedule ------------------------------------------------------------------------------------
@@ -180,13 +210,15 @@ def learning_rate_at(step):
 # --- one step ------------------------------------------------------------------------------------
 
 
-def train_step(model, optimizer, scaler, batches, step, run):
+def train_step(model, state, batches, step, run):
     """Make update `step`; return this rank's mean loss and the gradient norm, left on the device.
 
-    The batches are a function of (seed, step), dropout is one of (seed, step, rank).
+    The batches are a function of (seed, step), dropout is one of (seed, step, rank). Without a
+    finite gradient there is no update, and state.bad_steps counts such steps in a row.
     """
     key = np.random.SeedSequence([seed, step, run.rank])
     torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+    optimizer, scaler = state.optimizer, state.scaler
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step)
     micro_batches, mean_loss = batches(step), 0.0
@@ -201,17 +233,23 @@ def train_step(model, optimizer, scaler, batches, step, run):
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    scaler.step(optimizer)
+    grad_norm = runtime.joined(grad_norm)
+    # float16 overflows now and then, which its scaler mends: there only the loss counts as bad.
+    bad = ~(mean_loss if scaler.is_enabled() else grad_norm).isfinite()
+    state.bad_steps = (state.bad_steps + 1) * bad
+    optimizer.found_inf = (~grad_norm.isfinite()).float()  # at 1 the fused kernel does nothing
+    if run.device.type in ("cpu", "cuda") or not optimizer.found_inf:  # syncs the device
+        scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm
 
 
-def try_step(model, batches, step, run):
+def try_step(state, batches, run):
     """Run a forward and backward that change nothing, so that a compiler shows what it can do."""
-    tokens = batches(step)[0].to(run.device)
-    model(tokens[:, :-1], tokens[:, 1:])[1].backward()
-    model.zero_grad(set_to_none=True)
+    tokens = batches(state.step)[0].to(run.device)
+    state.model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+    state.model.zero_grad(set_to_none=True)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -228,13 +266,15 @@ def evaluate(model, data, run):
     for split, tokens in data.items():
         windows = (len(tokens.ids) - 1) // block_size
         count = min(windows, eval_iters * batch_size)
-        starts = (np.arange(count) * windows // count * block_size)[run.rank :: run.world_size]
+        starts = np.arange(count) * windows // count * block_size
         sums = []
-        for first in range(0, len(starts), batch_size):
-            ids = tokens.windows(starts[first :][:batch_size], block_size + 1).to(run.device)
+        for first in range(0, count, batch_size * run.world_size):
+            mine = starts[first :][: batch_size * run.world_size][run.rank :: run.world_size]
+            # A rank whose share has run out keeps step with the rest: a sharded model needs it.
+            ids = tokens.windows(mine if len(mine) else starts[:1], block_size + 1).to(run.device)
             with run.autocast():
-                sums.append(model(ids[:, :-1], ids[:, 1:])[1] * len(ids))
-        losses[split] = run.sum(sum(loss.item() for loss in sums)) / count
+                sums.append(model(ids[:, :-1], ids[:, 1:])[1] * len(mine))
+        losses[split] = run.reduce("sum", sum(loss.item() for loss in sums)) / count
     model.train()
     return losses
 
@@ -250,15 +290,22 @@ class State:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     meta: dict  # of the dataset, so that sample.py needs no dataset
-    step: int  # updates made
-    best_val_loss: float
+    bad_steps: torch.Tensor  # in a row without a finite gradient, up to now; not saved
+    step: int = 0  # updates made
+    best_val_loss: float = math.inf
+    wandb_id: str | None = None
 
 
 def open_checkpoint(config):
-    """Return the newest checkpoint in out_dir, its settings now this run's; and what changed."""
+    """Return what to go on from, its settings now this run's, and lines on what changed.
+
+    The newest checkpoint in out_dir, or None where `init_from` is neither resume nor auto.
+    """
     paths = [path for path in (Path(out_dir, "last.pt"), Path(out_dir, "ckpt.pt")) if path.exists()]
-    if not paths:
+    if init_from == "resume" and not paths:
         raise ValueError(f"no ckpt.pt in {out_dir} to resume; name its folder with --out_dir")
+    if init_from not in ("resume", "auto") or not paths:
+        return None, []
     checkpoint = max(map(read_checkpoint, paths), key=lambda found: found["iter_num"])
     if "optimizer" not in checkpoint:
         raise ValueError(f"the checkpoint in {out_dir} holds no optimizer state to resume with")
@@ -280,71 +327,146 @@ def set_aside():
 
 
 def save(state, step, losses, config, run):
-    """Write the state at `step`, on rank 0; ValueError rather than save a broken model.
+    """Write the state at `step`, on rank 0; return whether it lies on the disk. All ranks call it.
 
-    The best goes to ckpt.pt first: last.pt has its loss too, so a kill in between costs nothing.
+    `losses` are those of an evaluation, or empty. Raises ValueError rather than save a broken
+    model. The best goes to ckpt.pt first: last.pt has its loss too, so a kill in between costs
+    nothing.
     """
-    if not math.isfinite(losses["train"] + losses["val"]):
-        raise ValueError(f"step {step}: the loss is not finite; the last checkpoint is kept")
-    improved, began = losses["val"] < state.best_val_loss, state.step == step < max_iters
-    if run.rank > 0 or eval_only or began:  # what is not saved does not count as the best
-        return
-    state.step, state.best_val_loss = step, min(losses["val"], state.best_val_loss)
-    names = ["ckpt.pt"] if always_save_checkpoint else ["ckpt.pt"] * improved + ["last.pt"]
+    size = torch.nn.utils.get_total_norm(state.model.parameters())
+    if not math.isfinite(sum(losses.values()) + runtime.joined(size).item()):
+        raise ValueError(f"step {step}: the loss or a weight is not finite; {way_back(state)}")
+    best = min(losses.get("val", math.inf), state.best_val_loss)
+    same = losses and state.step == step < max_iters and (step == 0 or best == state.best_val_loss)
+    if eval_only or same:
+        return True
+    newest = ["ckpt.pt"] if always_save_checkpoint else ["last.pt"]
+    names = ["ckpt.pt"] * (best < state.best_val_loss) + newest
+    weights = state.model.state_dict()
+    del weights["lm_head.weight"]  # the same as the token table; put together once
     checkpoint = {
-        "model": state.model.state_dict(),
-        "optimizer": state.optimizer.state_dict(),
+        "model": runtime.whole(weights, run),
+        "optimizer": runtime.whole(state.optimizer.state_dict(), run),
         "scaler": state.scaler.state_dict(),
         "model_args": state.model.config.saved(),
-        "iter_num": state.step,
-        "best_val_loss": state.best_val_loss,
+        "iter_num": step,
+        "best_val_loss": best,
         "config": config,
         "tokenizer": state.meta,
+        "wandb_id": state.wandb_id,
     }
-    for name in names:
-        with atomic(Path(out_dir, name)) as file:
-            torch.save(checkpoint, file)
+    checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["transformer.wte.weight"]
+    try:
+        for name in dict.fromkeys(names) if run.rank == 0 else ():
+            Path(out_dir).mkdir(parents=True, exist_ok=True)
+            with atomic(Path(out_dir, name)) as file:
+                torch.save(checkpoint, file)
+    except (OSError, RuntimeError) as fault:
+        why = fault if isinstance(fault, OSError) else fault.__context__  # torch hides the write's
+        print(f"step {step} is not saved: {why}; {way_back(state)}")
+        return False
+    state.step, state.best_val_loss = step, best
+    return True
+
+
+def way_back(state):
+    """Return what is left to resume from."""
+    kept = any(Path(out_dir, name).exists() for name in ("ckpt.pt", "last.pt"))
+    return f"{out_dir} keeps the checkpoint of step {state.step}" if kept else "none was saved yet"
 
 
 # --- log -----------------------------------------------------------------------------------------
 
 
-def open_log(config, run):
-    """Return a function that appends a dict to log.jsonl, and to wandb if asked for; on rank 0."""
+def open_log(config, state, run):
+    """Return a function that appends a dict to log.jsonl, and to wandb if asked for; on rank 0.
+
+    A resumed run drops the lines that it will write again. A line that finds no room waits.
+    """
     if run.rank > 0 or eval_only:
         return lambda entry: None
-    Path(out_dir).mkdir(parents=True, exist_ok=True)
-    if wandb_log:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("wandb_log=True needs wandb: pip install -e '.[wandb]'") from None
-        wandb.init(project=wandb_project, name=wandb_run_name, config=config, dir=out_dir)
-    if init_from != "resume":
+    path, waiting = Path(out_dir, "log.jsonl"), []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    wandb = open_wandb(config, state) if wandb_log else None
+    if init_from not in ("resume", "auto"):
         set_aside()
+    trim(path, state.step)
 
     def write(entry):
-        with open(Path(out_dir, "log.jsonl"), "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-        if wandb_log:
+        finite = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in entry.items()}
+        waiting.append(json.dumps(finite, allow_nan=False) + "\n")  # JSON has no NaN
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.writelines(waiting)
+            waiting.clear()
+        except OSError as fault:
+            with suppress(OSError):
+                os.truncate(path, size)  # no half a line
+            if len(waiting) == 1:
+                print(f"{path} waits: {fault.strerror}")
+        if wandb:
             wandb.log(entry)
 
     chosen = {"device": str(run.device), "dtype": str(run.dtype)[6:], "compile": run.compile}
-    write({"settings": {**config, **chosen, "world_size": run.world_size}})
+    chosen["world_size"] = run.world_size
+    write({"iter": state.step, "settings": {**config, **chosen}})
     return write
 
 
-def log_step(step, loss, grad_norm, seconds, model, run, log):
-    """Print and record the figures of a step, `seconds` long. Every rank must call it."""
-    loss, grad_norm = run.sum(loss.item()) / run.world_size, grad_norm.item()
+def trim(path, step):
+    """Drop from the log what comes from `step` on, or was cut off by a crash."""
+    kept = []
+    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+        with suppress(ValueError, TypeError, KeyError):
+            kept += [line] * (json.loads(line)["iter"] < step)
+    with atomic(path) as file:
+        file.writelines(kept)
+    for name in ("ckpt.pt.tmp", "last.pt.tmp"):  # of a process that was killed in a save
+        path.with_name(name).unlink(missing_ok=True)
+
+
+def open_wandb(config, state):
+    """Return wandb, logging to the run that a checkpoint names, or to a new one."""
+    try:
+        import wandb
+    except ImportError:
+        raise ValueError("wandb_log=True needs wandb: pip install -e '.[wandb]'") from None
+    place = {"project": wandb_project, "name": wandb_run_name, "dir": out_dir}
+    try:
+        run = wandb.init(config=config, id=state.wandb_id, resume="allow", **place)
+    except wandb.Error as fault:
+        raise ValueError(f"wandb: {fault}; or set WANDB_MODE=offline") from None
+    state.wandb_id = run.id
+    return wandb
+
+
+def log_step(step, loss, grad_norm, seconds, state, run, log):
+    """Print and record the figures of a step, `seconds` long. Every rank must call it.
+
+    Raises ValueError when too many steps had no finite gradient.
+    """
+    loss, grad_norm = run.reduce("sum", loss.item()) / run.world_size, grad_norm.item()
     tokens = batch_size * gradient_accumulation_steps * block_size
-    mfu = model.estimate_mfu(tokens / run.world_size, seconds, run.peak_flops())
+    mfu = state.model.estimate_mfu(tokens / run.world_size, seconds, run.peak_flops())
     speed = f"{tokens / seconds:,.0f} tok/s" + (f", mfu {mfu:.2%}" if mfu else "")
     left = timedelta(seconds=round((max_iters - step - 1) * seconds))
     head = f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms"
     run.say(f"{head}, {speed}, norm {grad_norm:.2f}, {left} left")
     rates = {"lr": learning_rate_at(step), "tokens_per_second": tokens / seconds, "mfu": mfu}
     log({"iter": step, "loss": loss, "grad_norm": grad_norm, "ms": seconds * 1000, **rates})
+    bad = int(run.reduce("max", state.bad_steps.item()))
+    if bad >= max_bad_steps:
+        what = f"step {step} is number {bad} in a row without an update"
+        figures = f"loss {loss:.4f}, gradient norm {grad_norm:.4f}"
+        raise ValueError(f"{what}: {figures}; {way_back(state)}; lower --learning_rate")
+
+
+def log_losses(step, losses, run, log):
+    """Print and record the result of an evaluation, if there was one."""
+    if losses:
+        run.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
+        log({"iter": step, "train/loss": losses["train"], "val/loss": losses["val"]})
 
 
 def describe(run, state, data):
@@ -363,37 +485,47 @@ def describe(run, state, data):
 
 @runtime.one_line_errors()
 def main(config):
-    checkpoint, changes = open_checkpoint(config) if init_from == "resume" else (None, [])
-    run = runtime.start(device, dtype, compile, backend)
-    for line in changes:
-        run.say(line)
+    checkpoint, changes = open_checkpoint(config)
+    run = runtime.start(device, dtype, compile, backend, timeout)
+    run.say(*changes, sep="\n", end="\n" * bool(changes))
     check_settings(run.world_size)
     data, meta = load_data()
     state = build_state(checkpoint, meta, run)
+    del checkpoint  # and with it the mapping of its file
+    for split in data.values():
+        split.limit(state.model.config.vocab_size)
     batches = Batches(data["train"], gradient_accumulation_steps, batch_size, block_size, seed, run)
-    runtime.compile_model(state.model, run, lambda: try_step(state.model, batches, state.step, run))
+    run = runtime.compile_model(state.model, run, partial(try_step, state, batches, run))
     model = runtime.wrap(state.model, run)
-    log = open_log(config, run)
+    log = open_log(config, state, run)
     describe(run, state, data)
+    if not eval_only:
+        runtime.catch_signals()
     began, since = run.now(), state.step
     for step in range(state.step, max(state.step, max_iters) + 1):
-        done = step >= max_iters or eval_only
+        stopped = run.stop_requested()
+        done = stopped or step >= max_iters or eval_only
         if step % eval_interval == 0 or done:
             paused = run.now()
-            losses = evaluate(state.model, data, run)
-            run.say(f"step {step}: train loss {losses['train']:.4f}, val loss {losses['val']:.4f}")
-            log({"iter": step, "train/loss": losses["train"], "val/loss": losses["val"]})
-            save(state, step, losses, config, run)
+            losses = {} if stopped else evaluate(state.model, data, run)
+            log_losses(step, losses, run, log)
+            saved = save(state, step, losses, config, run)
             began += run.now() - paused  # the time of a step leaves evaluations and saves out
         if done:
             break
-        loss, grad_norm = train_step(model, state.optimizer, state.scaler, batches, step, run)
+        loss, grad_norm = train_step(model, state, batches, step, run)
         if step % log_interval == 0:
             seconds = (run.now() - began) / (step + 1 - since)  # the one sync of the loop
-            log_step(step, loss, grad_norm, seconds, state.model, run, log)
+            log_step(step, loss, grad_norm, seconds, state, run, log)
             began, since = run.now(), step + 1
         elif run.rank == 0 and sys.stdout.isatty():
             print(f"step {step} of {max_iters}", end="\r", flush=True)  # till the next line
+    if not saved:
+        raise SystemExit(1)  # save said why
+    if stopped:
+        go_on = f"python train.py --init_from=resume --out_dir={out_dir}"
+        run.say(f"{signal.Signals(stopped).name}: step {step} is saved; go on with {go_on}")
+        raise SystemExit(128 + stopped)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_a_prompt_may_come_from_a_file_or_be_empty(trained, tiny):
     [
         (["--start=1+1"], "1 unknown characters: '+' (PLUS SIGN)"),
         (["--start=" + "1" * 17], "the prompt has 17 tokens, the model reads 16 at most"),
-        (["--start=FILE:no.txt"], "[Errno 2] No such file or directory: 'no.txt'"),
+        (["--start=FILE:no.txt"], "no.txt: No such file or directory"),
         (["--start=FILE:latin1.txt"], "FILE:latin1.txt is not UTF-8 text: 'utf-8' codec can't decode byte 0xe9 in position 3: unexpected end of data"),  # noqa: E501
         (["--out_dir=no"], "no checkpoint no/ckpt.pt"),
         (["--temperature=-1", "--num_samples=0"], "num_samples=0 must be at least 1\ntemperature=-1.0 must be at least 0"),  # noqa: E501

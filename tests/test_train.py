@@ -171,7 +171,7 @@ def test_a_checkpoint_is_nanogpts_with_more_keys(launch, tiny):
     launch(train, *TINY, "--max_iters=3")
     checkpoint = load("out/ckpt.pt")
     keys = {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
-    assert checkpoint.keys() == keys | {"tokenizer", "scaler"}
+    assert checkpoint.keys() == keys | {"tokenizer", "scaler", "wandb_id"}
     fields = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
     assert checkpoint["model_args"].keys() == fields
     assert checkpoint["iter_num"] == 3 and checkpoint["config"]["n_embd"] == 32
@@ -182,7 +182,7 @@ def test_a_checkpoint_is_nanogpts_with_more_keys(launch, tiny):
 
 def test_exactly_max_iters_updates_then_a_last_evaluation(launch, tiny, monkeypatch):
     steps, step = [], train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *a: (steps.append(a[4]), step(*a))[1])
+    monkeypatch.setattr(train, "train_step", lambda *a: (steps.append(a[3]), step(*a))[1])
     out = launch(train, *TINY, "--max_iters=5", "--eval_interval=4", "--log_interval=2")
     assert steps == [0, 1, 2, 3, 4]
     starts = [line.split(":")[0] for line in out.splitlines()[4:]]
@@ -227,7 +227,8 @@ def test_a_broken_model_is_never_saved(launch, tiny, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *a: {"train": 1.0, "val": next(values)})
     with pytest.raises(SystemExit) as stop:
         launch(train, *TINY, "--max_iters=9", "--eval_interval=3")
-    assert stop.value.code == "error: step 6: the loss is not finite; the last checkpoint is kept"
+    what = "step 6: the loss or a weight is not finite"
+    assert stop.value.code == f"error: {what}; out keeps the checkpoint of step 3"
     assert load("out/ckpt.pt")["iter_num"] == 3
 
 
