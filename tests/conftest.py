@@ -1,6 +1,9 @@
 """What the tests share: a way to run a script as the command line does, and a small dataset."""
 
+import json
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +20,31 @@ SHARED = ROOT.parent / "shared" / "data"  # real corpora, where they are
 TINY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --dataset=tiny".split()
 TINY += "--gradient_accumulation_steps=1 --device=cpu --dtype=float32 --warmup_iters=0".split()
 TEXT = "".join(f"{n} plus {m} makes {n + m}.\n" for n in range(40) for m in range(5))
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def log(folder):
+    lines = Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(folder):
+    return {entry["iter"]: entry["loss"] for entry in log(folder) if "loss" in entry}
+
+
+def assert_equal(left, right, **tolerance):
+    """Require two checkpoints to hold the same weights and optimizer state."""
+    tolerance = tolerance or {"atol": 0, "rtol": 0}
+    for name, tensor in left["model"].items():
+        torch.testing.assert_close(right["model"][name], tensor, **tolerance)
+    for index, moments in left["optimizer"]["state"].items():
+        for name, tensor in moments.items():
+            other = right["optimizer"]["state"][index][name]
+            torch.testing.assert_close(other, tensor, **tolerance)
 
 
 @pytest.fixture
@@ -42,6 +70,38 @@ def tiny(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "ROOT", tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def start(tiny):
+    """Start train.py, or another script of `tiny`, in processes of its own; return the Popen."""
+    shutil.copy(ROOT / "train.py", tiny)
+    env, started = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, []
+
+    def run(*arguments, processes=1, options=(), script="train.py"):
+        several = [*TORCHRUN, f"--nproc_per_node={processes}", *options]
+        command = [*(several if processes > 1 else [sys.executable]), script, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=env, cwd=tiny, **pipes))
+        return started[-1]
+
+    yield run
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture
+def finish(start):
+    """Run train.py as `start` does and to its end; return what it printed."""
+
+    def run(*arguments, status=0, **options):
+        process = start(*arguments, **options)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, (process.returncode, out, err)
+        return out if status == 0 else err
+
+    return run
 
 
 @pytest.fixture

@@ -1,46 +1,19 @@
 """Training: each run against another that must give the same, and what a run leaves on the disk."""
 
-import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, assert_equal, load, log, losses
 
 import model
 import runtime
 import train
 from data.tokens import TokenFile, read_meta
 from model import GPT, GPTConfig
-
-
-def load(path):
-    return torch.load(path, weights_only=True)
-
-
-def log(folder):
-    lines = Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def losses(folder):
-    return {entry["iter"]: entry["loss"] for entry in log(folder) if "loss" in entry}
-
-
-def assert_equal(left, right, **tolerance):
-    """Require two checkpoints to hold the same weights and optimizer state."""
-    tolerance = tolerance or {"atol": 0, "rtol": 0}
-    for name, tensor in left["model"].items():
-        torch.testing.assert_close(right["model"][name], tensor, **tolerance)
-    for index, moments in left["optimizer"]["state"].items():
-        for name, tensor in moments.items():
-            other = right["optimizer"]["state"][index][name]
-            torch.testing.assert_close(other, tensor, **tolerance)
-
 
 # --- the schedule --------------------------------------------------------------------------------
 
@@ -72,19 +45,6 @@ def test_accumulation_4_by_2_equals_1_by_8(launch, tiny):
     assert losses("one") == pytest.approx(losses("four"), rel=1e-5)
 
 
-@pytest.mark.parametrize("extra", ["--dropout=0.2", "--dtype=bfloat16", "--compile=True"])
-def test_stopping_and_resuming_equals_going_on(launch, tiny, extra):
-    if extra.startswith("--compile") and not sys.platform.startswith("linux"):
-        pytest.skip("needs a C++ compiler")
-    options = *TINY, extra, "--lr_decay_iters=8", "--gradient_accumulation_steps=2"
-    launch(train, *options, "--max_iters=8", "--out_dir=straight", "--eval_interval=8")
-    launch(train, *options, "--max_iters=5", "--out_dir=resumed", "--eval_interval=2")
-    launch(train, "--init_from=resume", "--out_dir=resumed", "--max_iters=8")
-    assert_equal(load("straight/ckpt.pt"), load("resumed/ckpt.pt"))
-    assert losses("straight") == losses("resumed")
-    assert load("resumed/ckpt.pt")["iter_num"] == 8
-
-
 def test_one_batch_is_memorised(tiny, launch):
     from data.tokens import write_dataset
 
@@ -93,28 +53,6 @@ def test_one_batch_is_memorised(tiny, launch):
     write_dataset(tiny / "data" / "tiny", meta, train=[ids], val=[ids])
     out = launch(train, *TINY, "--max_iters=150", "--learning_rate=1e-2", "--eval_interval=150")
     assert float(out.splitlines()[-1].split("val loss ")[1]) < 0.05
-
-
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="torchrun needs a POSIX system")
-@pytest.mark.parametrize("accumulation", [1, 3])
-def test_two_processes_equal_one(launch, tiny, accumulation):
-    options = [*TINY, f"--gradient_accumulation_steps={accumulation}", "--max_iters=4"]
-    options += ["--eval_interval=2", "--bias=True"]
-    launch(train, *options, "--out_dir=one")
-    (tiny / "train.py").write_text((ROOT / "train.py").read_text(encoding="utf-8"))
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [*TORCHRUN, "--nproc_per_node=2", "train.py", *options, "--out_dir=two"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("hardware: 2 x cpu") == 1
-    assert_equal(load("one/ckpt.pt"), load("two/ckpt.pt"), atol=1e-5, rtol=1e-4)
-    assert losses("one") == pytest.approx(losses("two"), rel=1e-5)
-    evaluations = [[e for e in log(name) if "val/loss" in e] for name in ("one", "two")]
-    for left, right in zip(*evaluations, strict=True):
-        assert left == pytest.approx(right, rel=1e-6)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
