@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -76,9 +77,10 @@ def tiny(tmp_path, monkeypatch):
 def start(tiny):
     """Start train.py, or another script of `tiny`, in processes of its own; return the Popen."""
     shutil.copy(ROOT / "train.py", tiny)
-    env, started = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, []
+    started = []
 
     def run(*arguments, processes=1, options=(), script="train.py"):
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         several = [*TORCHRUN, f"--nproc_per_node={processes}", *options]
         command = [*(several if processes > 1 else [sys.executable]), script, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
@@ -87,8 +89,16 @@ def start(tiny):
 
     yield run
     for process in started:
+        for child in workers(process) * (process.poll() is None):  # torchrun's outlive it
+            os.kill(child, signal.SIGKILL)
         process.kill()
-        process.communicate()
+        process.communicate(timeout=30)
+
+
+def workers(process):
+    """Return the process ids of what `process` started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True)
+    return [int(child) for child in found.stdout.split()]
 
 
 @pytest.fixture
