@@ -7,6 +7,7 @@ which `--help` shows. Config files are Python and run, but only settings are tak
 
 import ast
 import difflib
+import os
 import sys
 from collections import namedtuple
 from inspect import ismodule
@@ -14,6 +15,7 @@ from itertools import groupby
 from pathlib import Path
 
 Setting = namedtuple("Setting", "name kinds default comment section")  # kinds: ["int", "None"]
+BARE = object()  # the value of a flag by itself
 
 
 def configure(namespace, *imported):
@@ -22,30 +24,33 @@ def configure(namespace, *imported):
     `imported`: globals of further scripts whose settings this one takes too; where both name one,
     the default of `namespace` holds. The last argument wins. SystemExit has one line per fault.
     """
-    settings = {}
+    settings, speaks = {}, os.environ.get("LOCAL_RANK", "0") == "0"  # one process per machine
     for space in (*imported, namespace):
         settings |= read_settings(space["__file__"])
     arguments, flags, faults = sys.argv[1:], set(), []
     if {"--help", "-h"} & set(arguments):
-        raise SystemExit(print_help(namespace["__doc__"], settings.values()))
+        raise SystemExit(print_help(namespace["__doc__"], settings.values()) if speaks else 0)
     config = {name: setting.default for name, setting in settings.items()}
     while arguments:
-        argument = arguments.pop(0)
+        argument, text, place = arguments.pop(0), None, ""
         if argument.startswith("-"):
             name, equals, text = argument.removeprefix("--").partition("=")
             if not equals:  # --key value, or --eval_only by itself
-                text = arguments.pop(0) if arguments and arguments[0][:2] != "--" else "True"
-            given, place = {name: parse(text)}, ""
+                text = arguments.pop(0) if arguments and arguments[0][:2] != "--" else None
+            given = {name: BARE if text is None else parse(text)}
             flags.add(name)
         else:
-            given, place = read_file(argument, namespace, config), f"{argument}: "
+            try:
+                given, place = read_file(argument, namespace, config), f"{argument}: "
+            except ValueError as fault:
+                given, faults = {}, [*faults, f"error: {fault}"]
         for name, value in given.items():
             try:
-                config[name] = convert(find(name, settings), value, None if place else text)
+                config[name] = convert(name, settings, value, text)
             except ValueError as fault:
                 faults.append(f"error: {place}{fault}")
     if faults:
-        raise SystemExit("\n".join(faults))
+        raise SystemExit("\n".join(faults) if speaks else 1)
     for space in (namespace, *imported):
         space |= {k: v for k, v in config.items() if k in space} | {"_flags": flags}
     return config
@@ -57,8 +62,10 @@ def restore(namespace, saved, config, keep):
     Settings come from `saved`, but this command's flags and the names in `keep` stay as they are.
     """
     lines = []
-    for name, setting in read_settings(namespace["__file__"]).items():
-        now, then = config[name], saved.get(name, config[name])
+    settings = read_settings(namespace["__file__"])
+    for name, setting in settings.items():
+        now = config[name]
+        then = convert(name, settings, saved.get(name, now), None)
         if name in keep or now == then:
             continue
         if name in namespace["_flags"]:
@@ -89,15 +96,6 @@ def read_settings(path):
     return settings
 
 
-def find(name, settings):
-    """Return the setting called `name`, or raise ValueError with the closest known name."""
-    if name not in settings:
-        close = difflib.get_close_matches(name.replace("-", "_"), settings, n=1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists them all"
-        raise ValueError(f"unknown setting {name!r}: {hint}")
-    return settings[name]
-
-
 def parse(text):
     """Return the Python value that `text` denotes, or `text` itself."""
     try:
@@ -106,39 +104,50 @@ def parse(text):
         return text
 
 
-def convert(setting, value, text):
-    """Return `value` in a type of `setting`: 1 is a fine float, 1e4 a fine int. Else ValueError.
+def convert(name, settings, value, text):
+    """Return `value` in a type of the setting `name`: 1 is a fine float, 1e4 a fine int.
 
     `text` is what was typed, if it was a flag: a string is taken as typed, quotes included.
+    ValueError says what is allowed, or gives the closest known name.
     """
+    if name not in settings:
+        close = difflib.get_close_matches(name.replace("-", "_"), settings, n=1)
+        hint = f"did you mean {close[0]}?" if close else "--help lists them all"
+        raise ValueError(f"unknown setting {name!r}: {hint}")
+    kinds = settings[name].kinds
+    if value is BARE and "bool" not in kinds:
+        raise ValueError(f"--{name} needs a value")
+    value = True if value is BARE else value
     kind = type(value).__name__.removesuffix("Type")  # NoneType is written None
-    if kind in setting.kinds and (kind != "str" or text is None):
+    if kind in ("int", "float") and not abs(value) <= sys.float_info.max:
+        kind = "nan or infinite"
+    if kind in kinds and (kind != "str" or text is None):
         return value
-    if kind == "int" and "float" in setting.kinds:
-        return float(value)
-    if kind == "float" and "int" in setting.kinds and value.is_integer():
-        return int(value)
-    if "str" in setting.kinds and text is not None:
+    other = {"int": float, "float": int}.get(kind)
+    if other and other.__name__ in kinds and other(value) == value:
+        return other(value)
+    if "str" in kinds and text is not None:
         return text
-    raise ValueError(f"{setting.name} must be {' or '.join(setting.kinds)}, got {value!r}")
+    shown = " ".join(repr(value).split())[:80]
+    raise ValueError(f"{name} must be {' or '.join(kinds)}, got {shown}")
 
 
 def read_file(name, namespace, config):
     """Return what a config file, looked for here, then beside the script, assigns.
 
-    It sees the settings as they stand. Names with a leading underscore, imports and functions in
-    it are helpers.
+    It sees the settings as they stand. Underscored names, imports and functions are helpers.
     """
-    path = Path(name) if Path(name).is_file() else Path(namespace["__file__"]).parent / name
-    if not path.is_file():
-        raise SystemExit(f"error: no config file {name!r}; a setting is given as --key=value")
+    path = Path(name if os.path.isfile(name) else Path(namespace["__file__"]).parent / name)
+    if not os.path.isfile(path):
+        raise ValueError(f"no config file {name!r}; a setting is given as --key=value")
     scope = dict(config)
     try:
         exec(compile(path.read_bytes(), path.name, "exec"), scope)
-    except Exception as fault:
-        raise SystemExit(f"error: {name}: {type(fault).__name__}: {fault}") from None
-    changed = {key: value for key, value in scope.items() if config.get(key, scope) is not value}
-    return {k: v for k, v in changed.items() if not (k[0] == "_" or callable(v) or ismodule(v))}
+        changed = {k: v for k, v in scope.items() if config.get(k, scope) is not v}
+        return {k: v for k, v in changed.items() if not (k[0] == "_" or callable(v) or ismodule(v))}
+    except BaseException as fault:  # exit() and Ctrl-C too
+        reason = " ".join(str(fault).split())
+        raise ValueError(f"{name}: {type(fault).__name__}: {reason}") from None
 
 
 def print_help(docstring, settings):

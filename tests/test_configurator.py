@@ -84,7 +84,7 @@ def test_an_argument_becomes_a_value_of_the_type_of_its_setting(configure, argum
         (["--HIDDEN=x"], "error: unknown setting 'HIDDEN': --help lists them all"),
         (["--count=1.5"], "error: count must be int, got 1.5"),
         (["--count=many"], "error: count must be int, got 'many'"),
-        (["--count"], "error: count must be int, got True"),
+        (["--count"], "error: --count needs a value"),
         (["--count=None"], "error: count must be int, got None"),
         (["--rate=fast"], "error: rate must be float, got 'fast'"),
         (["--rate=nan"], "error: rate must be float, got 'nan'"),
