@@ -44,14 +44,16 @@ def load_documents():
         if len(found) != 1 or None in found:
             raise ValueError(f"--input={input}: give .parquet, .jsonl or .txt files of one kind")
         files, kind = sorted(map(str, files)), found.pop()
+    name = input or HUB
     options = {"sample_by": "document"} if kind == "text" else {}
     try:
         documents = datasets.load_dataset(kind, data_files=files, split="train", **options)
     except Exception as fault:  # no network, a broken file: all sorts
+        fault = fault.__cause__ or fault
         reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
-        raise ValueError(f"cannot read {files[0]} ({reason}); offline, give --input=PATH") from None
-    if "text" not in documents.column_names:
-        raise ValueError(f"{files[0]} has no column `text` but {documents.column_names}")
+        raise ValueError(f"cannot read {name} ({reason}); offline, give --input=PATH") from None
+    if getattr(documents.features.get("text"), "dtype", "") not in ("string", "large_string"):
+        raise ValueError(f"{name} has no column `text` of strings but {documents.features}")
     if input is None and len(documents) != DOCUMENTS:
         raise ValueError(f"the hub gave {len(documents):,} documents of {DOCUMENTS:,}; try later")
     return documents if limit is None else documents.select(range(min(limit, len(documents))))
@@ -62,6 +64,8 @@ def encoded(documents, name, encoding):
     threads = num_proc or os.cpu_count()
     with tqdm(total=len(documents), desc=name, unit=" documents", smoothing=0.05) as progress:
         for batch in documents.iter(BATCH):
+            if None in batch["text"]:
+                raise ValueError(f"{input or HUB} has a document without text")
             for ids in encoding.encode_ordinary_batch(batch["text"], num_threads=threads):
                 yield [*ids, encoding.eot_token]
             progress.update(len(batch["text"]))

@@ -7,6 +7,7 @@
 import hashlib
 import sys
 import urllib.request
+from http.client import HTTPException
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -30,7 +31,7 @@ def read_corpus(path, folder):
         try:
             with urllib.request.urlopen(URL, timeout=20) as response:
                 content = response.read()
-        except OSError as fault:
+        except (OSError, HTTPException) as fault:  # the second where it is cut off
             advice = f"offline, put a copy at {kept} or give --input=PATH"
             raise ValueError(f"cannot download {URL} ({fault}); {advice}") from None
         check(content, URL)
