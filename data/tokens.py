@@ -57,7 +57,7 @@ def id_dtype(meta):
     return np.dtype("<u2" if meta["vocab_size"] <= 65536 else "<u4")
 
 
-class PlainUnpickler(pickle.Unpickler):
+class PlainUnpickler(pickle._Unpickler):  # the C one takes gigabytes for a damaged memo index
     def find_class(self, module, name):  # called for all but numbers, strings and containers
         raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
 
@@ -70,9 +70,14 @@ def read_meta(folder):
     try:
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()
-        return meta if id_dtype(meta) else None  # which needs its vocabulary size
+        if meta["vocab_size"] not in range(1, 2**32):
+            raise ValueError(f"its vocab_size is {meta['vocab_size']!r}")
+        if "stoi" in meta:
+            CharTokenizer(meta)
+        return meta
     except Exception as fault:  # garbage can raise anything, but it runs nothing
-        raise ValueError(f"{path} describes no dataset ({fault}); prepare it again") from None
+        reason = " ".join(f"{type(fault).__name__}: {fault}".split())
+        raise ValueError(f"{path} describes no dataset ({reason}); prepare it again") from None
 
 
 class TokenFile:
@@ -142,16 +147,21 @@ class Batches:
 
 def char_meta(characters):
     """Return the meta of a dataset of these characters."""
-    itos = dict(enumerate(sorted(characters)))
+    itos = dict(enumerate(sorted(set(characters))))
     return {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
 
 
 class CharTokenizer:
-    """One id per character, as the tables of `meta` say."""
+    """One id per character, as the tables of `meta` say. ValueError if they disagree."""
 
     def __init__(self, meta):
         self.stoi, self.itos = meta["stoi"], meta["itos"]
         self.vocab_size, self.eot = meta["vocab_size"], None  # no end-of-text token
+        inverse = {i: c for c, i in self.stoi.items() if isinstance(c, str)}
+        if self.itos != inverse or sorted(inverse) != list(range(len(inverse))):
+            raise ValueError("its characters and ids do not match")
+        if len(inverse) != self.vocab_size:
+            raise ValueError(f"it has {len(inverse)} characters, not {self.vocab_size}")
 
     def encode(self, text):
         if unknown := sorted(set(text) - self.stoi.keys()):
@@ -176,12 +186,12 @@ class BPETokenizer:
             self.encoding = tiktoken.get_encoding(meta["tokenizer"])
         except (OSError, ValueError) as fault:  # no network, no such encoding
             advice = "offline, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled elsewhere"
-            reason = str(fault).splitlines()[0].partition("(")[0]
+            reason = str(fault).partition("\n")[0].partition("(")[0]
             raise ValueError(f"no tokenizer {meta['tokenizer']}: {reason}; {advice}") from None
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
 
     def encode(self, text):
-        return self.encoding.encode(text, allowed_special={"<|endoftext|>"})
+        return self.encoding.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=())
 
     def encode_corpus(self, texts):  # on all cores; special tokens are plain text here
         return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
