@@ -40,21 +40,19 @@ def load(run):
     if init_from != "resume":
         return GPT.from_pretrained(init_from, device=run.device), make_tokenizer(GPT2)
     best, newest = Path(out_dir, "ckpt.pt"), Path(out_dir, "last.pt")
-    checkpoint = read_checkpoint(best if best.exists() or not newest.exists() else newest)
-    config = GPTConfig.restored(checkpoint["model_args"], dropout=0.0)
-    model = GPT.from_state(config, checkpoint["model"], run.device)
-    folder = ROOT / "data" / checkpoint["config"].get("dataset", "")  # what nanoGPT's files name
-    return model, make_tokenizer(checkpoint.get("tokenizer") or read_meta(folder))
+    saved = read_checkpoint(best if best.exists() or not newest.exists() else newest)
+    model = GPT.from_state(GPTConfig.restored(saved["model_args"]), saved["model"], run.device)
+    folder = ROOT / "data" / str(saved["config"].get("dataset"))  # what nanoGPT's files name
+    return model, make_tokenizer(saved.get("tokenizer") or read_meta(folder))
 
 
 def read_prompt(tokenizer, block_size):
     """Return the ids of the prompt."""
-    text = start
-    if start.startswith("FILE:"):
-        try:
-            text = Path(start[5:]).read_text(encoding="utf-8")
-        except UnicodeDecodeError as fault:
-            raise ValueError(f"{start} is not UTF-8 text: {fault}") from None
+    try:  # an argument may hold any bytes too
+        text = Path(start[5:]).read_text("utf-8") if start[:5] == "FILE:" else start
+        text.encode()
+    except (OSError, UnicodeError) as fault:
+        raise ValueError(f"the prompt cannot be read as UTF-8 text: {fault}") from None
     ids = tokenizer.encode(text or "\n") if text or tokenizer.eot is None else [tokenizer.eot]
     if len(ids) > block_size:
         raise ValueError(f"the prompt has {len(ids)} tokens, the model reads {block_size} at most")
@@ -97,11 +95,13 @@ def main(config):
     check_settings()
     run = runtime.start(device, dtype, False if compile == "auto" else compile)
     model, tokenizer = load(run)
+    if tokenizer.vocab_size > (known := model.config.vocab_size):
+        raise ValueError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model {known}")
     prompt = read_prompt(tokenizer, model.config.block_size)
     idx = torch.tensor([prompt] * num_samples, device=run.device)
     samples = [Sample(tokenizer.decode_bytes(prompt) if start else b"") for _ in range(num_samples)]
-    generators = [torch.Generator().manual_seed(seed * 2**24 + k) for k in range(num_samples)]
-    more = {"vocab_size": tokenizer.vocab_size, "generators": generators}
+    draws = [torch.Generator().manual_seed(seed % 2**39 * 2**24 + k) for k in range(num_samples)]
+    more = {"vocab_size": tokenizer.vocab_size, "generators": draws}
     runtime.compile_model(model, run, lambda: model.generate(idx, 2))
     with run.autocast():
         for drawn in model.stream(idx, max_new_tokens, temperature, top_k, top_p, **more):
