@@ -341,7 +341,7 @@ def load_transformers(name):
         except Exception as fault:  # damage can raise anything
             if isinstance(fault, OSError) and not Path(name).is_dir():
                 raise
-            reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
+            reason = f"{type(fault).__name__}: {fault}".splitlines()[0].partition(". ")[0]
             raise ValueError(f"{name}: {reason.removeprefix('ValueError: ')}") from None
 
     try:
@@ -391,7 +391,7 @@ def read_checkpoint(path):
         more = ("optimizer", "scaler", "tokenizer")
         lacks += [key for key in more if not isinstance(checkpoint.get(key, {}), dict)]
     except Exception as fault:  # damage can raise anything, but runs nothing
-        reason = f"{type(fault).__name__}: {fault}".splitlines()[0].removeprefix("ValueError: ")
+        reason = f"{type(fault).__name__}: {fault}".partition(".")[0].removeprefix("ValueError: ")
         if isinstance(fault, zipfile.BadZipFile):
             reason = "it was cut short or is another kind of file"
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
