@@ -314,7 +314,7 @@ def next_token(logits, draws, temperature=1.0, top_k=None, top_p=None):
     if top_p:
         ordered, order = logits.sort(dim=-1, descending=True)
         mass = ordered.softmax(dim=-1)
-        beyond = mass.cumsum(dim=-1) - mass >= top_p  # p was reached before this token
+        beyond = mass.cumsum(dim=-1) - mass >= max(top_p, 1e-6)  # p was reached before this token
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     mass = logits.softmax(dim=-1).cumsum(dim=-1)
     return torch.searchsorted(mass, draws * mass[:, -1:])  # draws > 0: never one of probability 0

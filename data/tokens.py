@@ -70,7 +70,7 @@ def read_meta(folder):
     try:
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()
-        if meta["vocab_size"] not in range(1, 2**32):
+        if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] < 2**32:
             raise ValueError(f"its vocab_size is {meta['vocab_size']!r}")
         if "stoi" in meta:
             CharTokenizer(meta)
