@@ -4,6 +4,7 @@ A plain run tries few examples, with -m slow many; the same ones each time.
 """
 
 import os
+import pickle
 import sys
 import warnings
 from pathlib import Path
@@ -11,17 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TEXT
+from test_mistakes import Payload
 
 import configurator
 import train
-from data.tokens import char_meta, make_tokenizer, read_meta, write_dataset
+from data.tokens import char_meta, make_tokenizer, read_meta
 from model import GPT, GPTConfig, read_checkpoint
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, example, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
-FEW, MANY = 150, 10_000  # examples of each test: in a plain run, and in one with -m slow
+FEW, MANY = 100, 10_000  # examples of each test (a third per file of a pretrained folder)
 
 
 def examples(count):
@@ -123,13 +125,14 @@ def damage(content):
 
 
 @both
-def test_a_damaged_meta_is_refused_or_whole(tmp_path, amount):
-    write_dataset(tmp_path, char_meta(TEXT), train=[], val=[])
+def test_a_damaged_meta_is_refused_or_whole(tmp_path, monkeypatch, amount):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "meta.pkl"
+    good, code = (pickle.dumps({**char_meta(TEXT), **x}) for x in ({}, {"x": Payload()}))
 
     @examples(amount)
     @example(b"\x80\x02}r\xff\xff\xff\x7f.")
-    @given(damage(path.read_bytes()))
+    @given(damage(good) | damage(code))
     def attempt(content):
         path.write_bytes(content)
         meta = lines_or_result(read_meta, tmp_path)
@@ -139,11 +142,12 @@ def test_a_damaged_meta_is_refused_or_whole(tmp_path, amount):
             assert tokenizer.decode_bytes(tokenizer.encode(text)) == text.encode()
 
     attempt()
-    assert os.listdir(tmp_path / "..").count("proof") == 0
+    assert os.listdir(tmp_path) == ["meta.pkl"]  # no `proof` that code ran
 
 
 @both
-def test_a_damaged_checkpoint_is_refused_or_whole(tmp_path, amount):
+def test_a_damaged_checkpoint_is_refused_or_whole(tmp_path, monkeypatch, amount):
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=4, vocab_size=5, n_layer=1, n_head=1, n_embd=4))
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
@@ -152,10 +156,12 @@ def test_a_damaged_checkpoint_is_refused_or_whole(tmp_path, amount):
     whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": 1}
     whole |= {"model_args": model.config.saved(), "config": {"dataset": "x"}, "tokenizer": {}}
     path = tmp_path / "ckpt.pt"
+    torch.save({**whole, "config": Payload()}, path)
+    code = path.read_bytes()
     torch.save(whole, path)
 
     @examples(amount)
-    @given(damage(path.read_bytes()))
+    @given(damage(path.read_bytes()) | damage(code))
     def attempt(content):
         path.unlink()  # an older one may still be mapped
         path.write_bytes(content)
@@ -167,6 +173,7 @@ def test_a_damaged_checkpoint_is_refused_or_whole(tmp_path, amount):
             assert all(torch.equal(state[key], whole["model"][key]) for key in whole["model"])
 
     attempt()
+    assert os.listdir(tmp_path) == ["ckpt.pt"]
 
 
 FILES = "config.json", "generation_config.json", "model.safetensors"
