@@ -104,10 +104,11 @@ def wait_for(process, start):
 
 @slow
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
-def test_a_signal_to_torchrun_stops_all_ranks_at_one_step(start, finish, tiny, monkeypatch, name):
-    monkeypatch.setenv("TORCHELASTIC_SIGNALS_TO_HANDLE", "SIGTERM,SIGINT,SIGUSR1")
+def test_a_signal_to_torchrun_stops_all_ranks_at_one_step(start, finish, tiny, name):
+    passed_on = "--signals-to-handle=SIGTERM,SIGINT,SIGUSR1"  # the last only if asked for
     options = [*TINY, "--dropout=0.2", "--lr_decay_iters=100000", "--eval_interval=100000"]
-    process = start(*options, "--max_iters=100000", "--log_interval=10", processes=2)
+    endless = "--max_iters=100000", "--log_interval=10"
+    process = start(*options, *endless, processes=2, options=[passed_on])
     wait_for(process, "iter 20")
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
