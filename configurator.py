@@ -61,11 +61,9 @@ def restore(namespace, saved, config, keep):
 
     Settings come from `saved`, but this command's flags and the names in `keep` stay as they are.
     """
-    lines = []
-    settings = read_settings(namespace["__file__"])
+    lines, settings = [], read_settings(namespace["__file__"])
     for name, setting in settings.items():
-        now = config[name]
-        then = convert(name, settings, saved.get(name, now), None)
+        now, then = config[name], convert(name, settings, saved.get(name, config[name]), None)
         if name in keep or now == then:
             continue
         if name in namespace["_flags"]:

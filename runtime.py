@@ -97,7 +97,7 @@ def choose_device(name, local_rank):
         name = "mps" if torch.backends.mps.is_available() else name
     try:
         device = torch.device(f"cuda:{local_rank}" if name == "cuda" else name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError, NotImplementedError):
         raise ValueError(f"device={name}: this machine has none; try --device=auto") from None
     return device

@@ -102,6 +102,19 @@ NO_FILE = "a setting is given as --key=value"
         (["x" * 300], f"no config file '{'x' * 300}'; {NO_FILE}"),
         (["a\0b"], f"no config file 'a\\x00b'; {NO_FILE}"),
         ([*TINY, "--n_head=3"], "n_embd=32 is no multiple of n_head=3"),
+        ([*TINY, "--min_lr=-1"], "min_lr=-1.0 must be at least 0"),
+        ([*TINY, "--lr_decay_iters=-5", "--decay_lr=False"], "lr_decay_iters=-5 must be at least 0"),  # noqa: E501
+        ([*TINY, "--max_bad_steps=0", "--timeout=0"], "timeout=0.0 must be at least 1\nmax_bad_steps=0 must be at least 1"),  # noqa: E501
+        ([*TINY, f"--seed={2**63}"], f"seed={2**63} must be at least 0 and below {2**63}"),
+        ([*TINY, "--max_iters=1e30"], f"max_iters={int(1e30)} must be at least 0 and below {2**63}"),  # noqa: E501
+        ([*TINY, "--beta1=1"], "beta1=1.0 must be at least 0 and below 1"),
+        ([*TINY, "--device=cuda:9"], "device=cuda:9: this machine has none; try --device=auto"),
+        ([*TINY, "--device=meta"], "device=meta: this machine has none; try --device=auto"),
+        ([*TINY, "--dtype=float16"], "dtype=float16: choose auto, float32, bfloat16, or float16 on CUDA"),  # noqa: E501
+        ([*TINY, "--out_dir=run/ckpt.pt"], "out_dir=run/ckpt.pt: {tmp}/run/ckpt.pt is not a folder that can be written to"),  # noqa: E501
+        ([*TINY, "--out_dir=run/ckpt.pt/a/b"], "out_dir=run/ckpt.pt/a/b: {tmp}/run/ckpt.pt is not a folder that can be written to"),  # noqa: E501
+        ([*TINY, "--out_dir=/proc/nothing"], "/proc..."),
+        ([*TINY, "--out_dir=" + "x" * 300], "..."),
         ([*TINY, "--warmup_iters=9", "--lr_decay_iters=9"], "warmup_iters=9 leaves no step to decay in before lr_decay_iters=9; lower --warmup_iters"),  # noqa: E501
         ([*TINY, "--warmup_iters=9", "--lr_decay_iters=8"], "warmup_iters=9 leaves no step to decay in before lr_decay_iters=8; lower --warmup_iters"),  # noqa: E501
     ],
@@ -188,7 +201,7 @@ AGAIN = "prepare it again"
         (lambda: meta(vocab_size="21"), f"{NO_META} (ValueError: its vocab_size is '21'); {AGAIN}"),
         (lambda: meta(vocab_size=0), f"{NO_META} (ValueError: its vocab_size is 0); {AGAIN}"),
         (lambda: meta(vocab_size=2**40), f"{NO_META} (ValueError: its vocab_size is {2**40}); {AGAIN}"),  # noqa: E501
-        (lambda: meta(vocab_size=22), f"{NO_META} (ValueError: it has 21 characters, not 22); {AGAIN}"),  # noqa: E501
+        (lambda: meta(vocab_size=22), f"{NO_META} (ValueError: its characters and ids do not match); {AGAIN}"),  # noqa: E501
         (lambda: meta(itos=char_meta("abc")["itos"]), f"{NO_META} (ValueError: its characters and ids do not match); {AGAIN}"),  # noqa: E501
         (lambda: meta(stoi=None), f"{NO_META} (AttributeError: 'NoneType' object has no attribute 'items'); {AGAIN}"),  # noqa: E501
         (lambda: meta(extra=Payload()), f"{NO_META} (UnpicklingError: it asks to run ..."),
@@ -263,6 +276,21 @@ def test_a_wrong_checkpoint(launch, script, spoil, line):
     refused(launch, script, arguments, line)
 
 
+UNFIT = "the checkpoint's optimizer fits another model: "
+
+
+def spoil_optimizer(spoil):
+    """Make one update, save its moments, and let `spoil` change them."""
+    checkpoint = torch.load(CKPT, weights_only=True)
+    model = GPT.from_state(GPTConfig(**SIZES, bias=False), checkpoint["model"])
+    optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
+    model(torch.zeros(1, 8, dtype=torch.long))[0].sum().backward()
+    optimizer.step()
+    state = optimizer.state_dict()
+    spoil(state["state"])
+    change(optimizer=state)
+
+
 @pytest.mark.parametrize(
     "spoil, script, arguments, line",
     [
@@ -270,6 +298,11 @@ def test_a_wrong_checkpoint(launch, script, spoil, line):
         (lambda: None, sample, ["--out_dir=no"], "no checkpoint no/ckpt.pt"),
         (lambda: change(optimizer=None), train, RESUME, "the checkpoint in run holds no optimizer state to resume with"),  # noqa: E501
         (lambda: change(optimizer=[]), train, RESUME, "run/ckpt.pt is no checkpoint: it lacks optimizer"),  # noqa: E501
+        (lambda: spoil_optimizer(lambda state: state.pop(1)), train, RESUME, UNFIT + "..."),
+        (lambda: spoil_optimizer(lambda state: state[0].pop("exp_avg")), train, RESUME, UNFIT + "'exp_avg'"),  # noqa: E501
+        (lambda: spoil_optimizer(lambda state: state.update({99: state[0]})), train, RESUME, UNFIT + "list index out of range"),  # noqa: E501
+        (lambda: spoil_optimizer(lambda state: state[2].update(exp_avg=torch.ones(7))), train, RESUME, UNFIT + "..."),  # noqa: E501
+        (lambda: change(optimizer={"state": {}, "param_groups": []}), train, RESUME, UNFIT + "..."),  # noqa: E501
         (lambda: change(config={"batch_size": "x"}), train, RESUME, "batch_size must be int, got 'x'"),  # noqa: E501
         (lambda: arguments_of_model(n_head=0), sample, ["--out_dir=run"], OTHER + "..."),
         (lambda: arguments_of_model(n_head=3), sample, ["--out_dir=run"], OTHER + "..."),
