@@ -253,9 +253,13 @@ def one_line_errors():
         lines = explain(fault)
         if lines is None:
             raise
-        time.sleep(rank > 0)  # seconds, in which rank 0 speaks for all who made its mistake
-        if isinstance(fault, ValueError) and several and _store.add(lines, 1) > 1:
-            raise SystemExit(1) from None
+        mistake = _store is not None and isinstance(fault, ValueError)
+        late = time.monotonic() + (rank > 0)  # a second for rank 0 to speak for all who made it
+        with suppress(dist.DistError):  # the store's machine may have ended by then
+            while time.monotonic() < late and not (mistake and _store.check([lines])):
+                time.sleep(0.1)
+            if mistake and _store.add(lines, 1) > 1:
+                raise SystemExit(1) from None
         prefix = f"error: rank {rank}: " if rank else "error: "
         raise SystemExit("\n".join(prefix + line for line in lines.splitlines())) from None
     finally:
