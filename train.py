@@ -182,6 +182,7 @@ def load_optimizer(optimizer, saved, run):
         for ours, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
             theirs |= {key: value for key, value in ours.items() if key != "params"}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        assert len(saved["state"]) in (0, len(parameters)), len(saved["state"])
         for index, moments in saved["state"].items():
             for name in ("exp_avg", "exp_avg_sq"):  # only a cropped position table is shorter
                 moment = moments[name][: len(parameters[index])].to(run.device, copy=True)

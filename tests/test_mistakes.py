@@ -300,7 +300,7 @@ def spoil_optimizer(spoil):
         (lambda: change(optimizer=[]), train, RESUME, "run/ckpt.pt is no checkpoint: it lacks optimizer"),  # noqa: E501
         (lambda: spoil_optimizer(lambda state: state.pop(1)), train, RESUME, UNFIT + "..."),
         (lambda: spoil_optimizer(lambda state: state[0].pop("exp_avg")), train, RESUME, UNFIT + "'exp_avg'"),  # noqa: E501
-        (lambda: spoil_optimizer(lambda state: state.update({99: state[0]})), train, RESUME, UNFIT + "list index out of range"),  # noqa: E501
+        (lambda: spoil_optimizer(lambda state: state.update({99: state.pop(0)})), train, RESUME, UNFIT + "list index out of range"),  # noqa: E501
         (lambda: spoil_optimizer(lambda state: state[2].update(exp_avg=torch.ones(7))), train, RESUME, UNFIT + "..."),  # noqa: E501
         (lambda: change(optimizer={"state": {}, "param_groups": []}), train, RESUME, UNFIT + "..."),  # noqa: E501
         (lambda: change(config={"batch_size": "x"}), train, RESUME, "batch_size must be int, got 'x'"),  # noqa: E501
