@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT
+from conftest import TEXT, TINY
 from test_mistakes import Payload
 
 import configurator
@@ -105,6 +105,24 @@ def test_any_config_file_is_understood_or_gets_lines(tmp_path, monkeypatch, amou
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of the compiler: Python prints them, and goes on
             lines_or_result(configure, ["c.py"], monkeypatch)
+
+    attempt()
+
+
+SMALL = ["-1", "0", "1", "2", "3", "7", "0.5", "1e-9", "33", "None", "True", "False", "x", ""]
+SMALL += ["auto", "cpu", "cpu:1", "float32", "bfloat16", "resume", "tiny", "a/b", "out/log.jsonl"]
+SLOW = {"compile", "init_from", "wandb_log", "max_iters", "eval_iters"}  # or reach for the network
+some = st.builds("--{}={}".format, st.sampled_from(sorted({*NAMES} - SLOW)), st.sampled_from(SMALL))
+
+
+@both
+def test_a_run_with_any_settings_ends_well_or_with_lines(launch, tiny, amount):
+    few_steps = *TINY, "--max_iters=2", "--eval_iters=1"
+
+    @examples(amount // 5)
+    @given(st.lists(some, min_size=1, max_size=3))
+    def attempt(words):
+        lines_or_result(launch, train, *few_steps, *words)
 
     attempt()
 
