@@ -187,7 +187,8 @@ def load_optimizer(optimizer, saved, run):
             for name in ("exp_avg", "exp_avg_sq"):  # only a cropped position table is shorter
                 moment = moments[name][: len(parameters[index])].to(run.device, copy=True)
                 assert moment.shape == parameters[index].shape, (moment.shape, index)
-                moments[name] = runtime.like(parameters[index], moment)  # no longer in the file
+                moments[name] = runtime.like(parameters[index], moment)
+            moments["step"] = moments["step"].clone()  # nothing keeps the file mapped
         optimizer.load_state_dict(saved)
     except (LookupError, TypeError, AttributeError, AssertionError, ValueError) as fault:
         raise ValueError(f"the checkpoint's optimizer fits another model: {fault}") from None
