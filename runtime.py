@@ -77,7 +77,8 @@ def start(device, dtype, compile, backend="gloo", timeout=600):
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    if device.type == "cpu":  # keep freed memory: getting it anew took a quarter of a step
+    if device.type == "cpu" and "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        # Keep freed memory: getting it anew took a quarter of a step.
         with suppress(AttributeError, OSError, TypeError):  # there is no glibc
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
             ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
@@ -155,7 +156,6 @@ def compile_model(model, run, attempt):
 def shard(model, run):
     """Spread the parameters of `model` over all ranks, in place, block by block (FSDP2)."""
     from torch.distributed.fsdp import fully_shard  # here, because it takes a second to import
-
     mesh = dist.init_device_mesh(run.device.type, (run.world_size,))
     for part in (*model.transformer.h, model):
         fully_shard(part, mesh=mesh)
@@ -178,7 +178,6 @@ def like(parameter, tensor):
     if not is_sharded(parameter):
         return tensor
     from torch.distributed.tensor import distribute_tensor
-
     return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
 
 
@@ -204,10 +203,7 @@ def whole(tree, run):
 
 
 def catch_signals():
-    """Let SIGTERM, SIGINT and SIGUSR1 only ask to stop; a second SIGINT ends the process at once.
-
-    Run.stop_requested() tells.
-    """
+    """Let SIGTERM, SIGINT and SIGUSR1 set Run.stop_requested(); a second SIGINT kills at once."""
 
     def note(number, frame):
         _signals.append(number)
@@ -231,7 +227,17 @@ def explain(fault):
     if isinstance(fault, dist.DistError) or "gloo" in text:
         reason = text.splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         return f"another process is gone or out of reach ({reason}); --init_from=resume goes on"
-    return None
+
+
+def already_said(lines, rank):
+    """Return whether another rank said this; rank 0 has a second to speak for all."""
+    try:
+        for _ in range(10 * (rank > 0)):
+            if not _store.check([lines]):
+                time.sleep(0.1)
+        return _store.add(lines, 1) > 1
+    except dist.DistError:  # the machine that keeps the store has ended
+        return False
 
 
 @contextmanager
@@ -253,18 +259,12 @@ def one_line_errors():
         lines = explain(fault)
         if lines is None:
             raise
-        mistake = _store is not None and isinstance(fault, ValueError)
-        late = time.monotonic() + (rank > 0)  # a second for rank 0 to speak for all who made it
-        with suppress(dist.DistError):  # the store's machine may have ended by then
-            while time.monotonic() < late and not (mistake and _store.check([lines])):
-                time.sleep(0.1)
-            if mistake and _store.add(lines, 1) > 1:
-                raise SystemExit(1) from None
+        if _store is not None and isinstance(fault, ValueError) and already_said(lines, rank):
+            raise SystemExit(1) from None
         prefix = f"error: rank {rank}: " if rank else "error: "
         raise SystemExit("\n".join(prefix + line for line in lines.splitlines())) from None
     finally:
         for name in _handlers:
             signal.signal(getattr(signal, name), _handlers[name])
-        _handlers.clear()
         if dist.is_initialized():
             dist.destroy_process_group()

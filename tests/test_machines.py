@@ -10,8 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, TINY
-from test_train import TORCHRUN, assert_equal, load, losses
+from conftest import ROOT, TINY, TORCHRUN, assert_equal, load, losses
 
 pytestmark = pytest.mark.slow
 ADDRESSES = "10.77.0.1", "10.77.0.2"
