@@ -323,7 +323,7 @@ def next_token(logits, draws, temperature=1.0, top_k=None, top_p=None):
 def load_transformers(name):
     """Return the transformers model called `name`; ValueError says why there is none to use."""
     if not Path(name).is_dir() and "/" not in name and "gpt2" not in name:
-        known = "scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME or a folder"
+        known = "scratch, resume, auto, gpt2, gpt2-medium, -large, -xl, OWNER/NAME or a folder"
         raise ValueError(f"init_from={name}: choose {known}")
     try:
         from huggingface_hub import HfApi

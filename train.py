@@ -419,9 +419,9 @@ def open_log(config, state, run):
 def trim(path, step):
     """Drop from the log what comes from `step` on, or was cut off by a crash."""
     kept = []
-    for line in path.read_bytes().splitlines(keepends=True) if path.exists() else ():
+    for line in path.read_bytes().splitlines() if path.exists() else ():
         with suppress(ValueError, TypeError, KeyError):
-            kept += [line] * (json.loads(line)["iter"] < step)
+            kept += [line + b"\n"] * (json.loads(line)["iter"] < step)
     with atomic(path) as file:
         file.writelines(kept)
     for name in ("ckpt.pt.tmp", "last.pt.tmp"):  # of a process that was killed in a save

@@ -196,7 +196,7 @@ def test_an_unreachable_hub_gets_one_line_soon(monkeypatch, tmp_path):
 
 
 def test_a_misspelt_model_gets_the_choices():
-    with pytest.raises(ValueError, match="^init_from=scrach: choose scratch, resume, gpt2, "):
+    with pytest.raises(ValueError, match="^init_from=scrach: choose scratch, resume, auto, gpt2, "):
         GPT.from_pretrained("scrach")
 
 

@@ -320,7 +320,7 @@ NO_GPU = not torch.cuda.is_available()
         (["--block_size=10000"], "{tmp}/data/tiny/train.bin holds 3519 tokens and 0 bytes; block_size=10000 needs 10001 tokens, all of them whole"),  # noqa: E501
         (["--init_from=resume"], "no ckpt.pt in out to resume; name its folder with --out_dir"),
         (["--init_from=gpt2"], "dataset tiny has a vocabulary of 21, the model 50257; prepare the dataset with the model's tokenizer"),  # noqa: E501
-        (["--init_from=scrach"], "init_from=scrach: choose scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME or a folder"),  # noqa: E501
+        (["--init_from=scrach"], "init_from=scrach: choose scratch, resume, auto, gpt2, gpt2-medium, -large, -xl, OWNER/NAME or a folder"),  # noqa: E501
         (["--init_from=pretrained", "--block_size=64"], "block_size=64 exceeds the model's 32; lower --block_size"),  # noqa: E501
         (["--device=tpu"], "device=tpu: this machine has none; try --device=auto"),
         (["--dtype=float8"], "dtype=float8: choose auto, float32, bfloat16, or float16 on CUDA"),
