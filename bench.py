@@ -102,8 +102,9 @@ def main(config):
     flops = state.model.flops_per_token()
     millions = state.model.get_num_params() / 1e6
     run.say(f"model: {millions:.2f}M parameters, {flops / 1e6:,.0f} MFLOPs per token")
-    run = runtime.compile_model(state.model, run, partial(train.try_step, state, batches, run))
     model = runtime.wrap(state.model, run)
+    attempt = partial(train.try_step, model, state, batches, run)
+    run = runtime.compile_model(state.model, run, attempt)
 
     def step(index):
         train.train_step(model, state, batches, index, run)

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import re
 import signal
 import time
 from contextlib import contextmanager, suppress
@@ -64,7 +65,7 @@ class Run:
 
     def peak_flops(self):
         """Return the device's dense peak in FLOP/s for its dtype, None where it is not known."""
-        peaks = next((PEAKS[card] for card in PEAKS if card in self.name), None)
+        peaks = next((PEAKS[card] for card in PEAKS if re.search(rf"\b{card}\b", self.name)), None)
         return peaks and peaks[self.dtype == torch.float32] * 1e12
 
 
@@ -84,8 +85,7 @@ def start(device, dtype, compile, backend="gloo", timeout=600):
             ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     if world_size > 1:  # gloo also on GPUs, for the numbers that only the hosts share
         backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
-        place = {"store": _store, "rank": rank, "world_size": world_size}
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), **place)
+        dist.init_process_group(backend, None, timedelta(seconds=timeout), world_size, rank, _store)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     about = f"{world_size} x {name}, {str(dtype)[6:]} ({why_dtype}), {why_compile}"
     return Run(device, dtype, compile, rank, world_size, name, about)
@@ -132,7 +132,8 @@ def choose_compile(setting, device):
 def compile_model(model, run, attempt):
     """Compile `model` in place if `run` wants it; return `run` with what came of it.
 
-    Where `attempt()`, which calls the model, then fails, the model is left as it was.
+    If `attempt()` fails, the model is left as it was. It calls what wrap() made of the model, so
+    that the compiler splits its graph where DDP sends gradients.
     """
     if not run.compile:
         return run
@@ -218,10 +219,8 @@ def catch_signals():
 def explain(fault):
     """Return the lines that tell a user what to mend, or None: then it is a bug of ours."""
     text = str(fault)
-    if isinstance(fault, OSError) and fault.filename:
-        return f"{fault.filename}: {fault.strerror}"
     if isinstance(fault, ValueError | OSError | ImportError):
-        return text
+        return f"{fault.filename}: {fault.strerror}" if getattr(fault, "filename", "") else text
     if isinstance(fault, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in text:
         return "out of memory: halve --batch_size and double --gradient_accumulation_steps"
     if isinstance(fault, dist.DistError) or "gloo" in text:

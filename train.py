@@ -247,11 +247,12 @@ def train_step(model, state, batches, step, run):
     return mean_loss, grad_norm
 
 
-def try_step(state, batches, run):
+def try_step(model, state, batches, run):
     """Run a forward and backward that change nothing, so that a compiler shows what it can do."""
     tokens = batches(state.step)[0].to(run.device)
-    state.model(tokens[:, :-1], tokens[:, 1:])[1].backward()
-    state.model.zero_grad(set_to_none=True)
+    model.require_backward_grad_sync = False  # the compiler of one rank may fail
+    model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+    model.zero_grad(set_to_none=True)
 
 
 # --- evaluation ----------------------------------------------------------------------------------
@@ -497,8 +498,8 @@ def main(config):
     for split in data.values():
         split.limit(state.model.config.vocab_size)
     batches = Batches(data["train"], gradient_accumulation_steps, batch_size, block_size, seed, run)
-    run = runtime.compile_model(state.model, run, partial(try_step, state, batches, run))
     model = runtime.wrap(state.model, run)
+    run = runtime.compile_model(state.model, run, partial(try_step, model, state, batches, run))
     log = open_log(config, state, run)
     describe(run, state, data)
     if not eval_only:
