@@ -54,8 +54,10 @@ class Run:
         return int(self.reduce("max", max(_signals, default=0)))
 
     def say(self, *words, **options):
+        """Print on rank 0; a terminal that is gone or a full disk does not end a run."""
         if self.rank == 0:
-            print(*words, flush=True, **options)
+            with suppress(OSError):
+                print(*words, flush=True, **options)
 
     def now(self):
         """Return a time in seconds, after the device has done the work it was given."""
@@ -137,18 +139,22 @@ def compile_model(model, run, attempt):
     """
     if not run.compile:
         return run
+    why = ""
     try:
         model.compile()
         with run.autocast():
             attempt()
-        return run
-    except (ValueError, torch.OutOfMemoryError):
-        raise
     except Exception as fault:  # no compiler, no driver, an unsupported Python: all sorts
-        model._compiled_call_impl = None  # undoes Module.compile()
-        model.zero_grad(set_to_none=True)
-        run.say(f"not compiled, which is slower: {type(fault).__name__}: {fault}".splitlines()[0])
-        return replace(run, compile=False, about=f"{run.about}, but that failed")
+        fatal = isinstance(fault, ValueError | torch.OutOfMemoryError)
+        if fatal or is_sharded(next(model.parameters())):  # whose other ranks wait for this one
+            raise
+        why = f"{type(fault).__name__}: {fault}".splitlines()[0]
+    if not run.reduce("max", bool(why)):
+        return run
+    model._compiled_call_impl = None  # undoes Module.compile()
+    model.zero_grad(set_to_none=True)
+    run.say(f"not compiled, which is slower: {why or 'another rank failed'}")
+    return replace(run, compile=False, about=f"{run.about}, but that failed")
 
 
 # --- several processes ---------------------------------------------------------------------------
@@ -230,13 +236,11 @@ def explain(fault):
 
 def already_said(lines, rank):
     """Return whether another rank said this; rank 0 has a second to speak for all."""
-    try:
-        for _ in range(10 * (rank > 0)):
-            if not _store.check([lines]):
-                time.sleep(0.1)
+    with suppress(dist.DistError):  # it did not speak
+        if rank > 0:
+            _store.wait([lines], timedelta(seconds=1))
+    with suppress(dist.DistError):  # the machine that keeps the store has ended
         return _store.add(lines, 1) > 1
-    except dist.DistError:  # the machine that keeps the store has ended
-        return False
 
 
 @contextmanager

@@ -74,6 +74,7 @@ dtype = "auto"                      # auto, float32, bfloat16, float16 (scales t
 compile: bool | str = "auto"        # auto, True, False: torch.compile, where it works
 
 ROOT = Path(__file__).resolve().parent
+GO_ON = "--init_from=resume --out_dir="
 
 
 def check_settings(world_size):
@@ -81,9 +82,9 @@ def check_settings(world_size):
     from_1 = "batch_size gradient_accumulation_steps block_size n_layer n_head n_embd timeout"
     from_1 += " eval_interval log_interval eval_iters max_bad_steps"
     from_0 = "learning_rate min_lr weight_decay grad_clip warmup_iters lr_decay_iters max_iters"
-    ranges = [(key, 1, 2**63) for key in from_1.split()]  # below what an int64 holds
-    ranges += [(key, 0, 2**63) for key in (*from_0.split(), "seed")]
-    ranges += [(key, 0, 1) for key in ("dropout", "beta1", "beta2")]
+    ranges = [(key, 1, 2**31) for key in from_1.split()]
+    ranges += [(key, 0, 2**31) for key in from_0.split()]
+    ranges += [("seed", 0, 2**63), *((key, 0, 1) for key in ("dropout", "beta1", "beta2"))]
     faults = []
     for key, least, limit in ranges:
         value = globals()[key]
@@ -170,7 +171,8 @@ def build_state(checkpoint, meta, run):
         if checkpoint.get("scaler"):
             scaler.load_state_dict(checkpoint["scaler"])
         state.step, state.wandb_id = checkpoint["iter_num"], checkpoint.get("wandb_id")
-        state.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))
+        if always_save_checkpoint or not checkpoint["config"].get("always_save_checkpoint", True):
+            state.best_val_loss = float(checkpoint.get("best_val_loss", math.inf))  # ckpt.pt's
     if run.reduce("min", state.step) != run.reduce("max", state.step):
         raise ValueError(f"machines resume from different steps: they must share out_dir={out_dir}")
     return state
@@ -216,7 +218,7 @@ def train_step(model, state, batches, step, run):
     """Make update `step`; return this rank's mean loss and the gradient norm, left on the device.
 
     The batches are a function of (seed, step), dropout is one of (seed, step, rank). Without a
-    finite gradient there is no update, and state.bad_steps counts such steps in a row.
+    finite gradient there is no update; state.bad_steps counts such steps in a row.
     """
     key = np.random.SeedSequence([seed, step, run.rank])
     torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
@@ -236,9 +238,11 @@ def train_step(model, state, batches, step, run):
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     grad_norm = runtime.joined(grad_norm)
-    # float16 overflows now and then, which its scaler mends: there only the loss counts as bad.
-    bad = ~(mean_loss if scaler.is_enabled() else grad_norm).isfinite()
-    state.bad_steps = (state.bad_steps + 1) * bad
+    # float16 overflows now and then, which is well while the loss is finite and its scale can fall.
+    scale = scaler.scale(torch.ones_like(mean_loss))  # 1 in other types
+    bad = ~(grad_norm.isfinite() | mean_loss.isfinite() & (scale > 1))
+    enough = state.bad_steps >= max_bad_steps  # stays until it is looked at
+    state.bad_steps = torch.where(enough, state.bad_steps, (state.bad_steps + 1) * bad)
     optimizer.found_inf = (~grad_norm.isfinite()).float()  # at 1 the fused kernel does nothing
     if run.device.type in ("cpu", "cuda") or not optimizer.found_inf:  # syncs the device
         scaler.step(optimizer)
@@ -320,8 +324,8 @@ def set_aside():
     """Move what an older run left in out_dir to out_dir/previous, its own `previous` included."""
     names = "ckpt.pt", "last.pt", "log.jsonl", "previous"
     old = [Path(out_dir, name) for name in names if Path(out_dir, name).exists()]
-    if any(path.suffix for path in old):
-        aside = Path(out_dir, "previous.new")
+    aside = Path(out_dir, "previous.new")
+    if any(path.suffix for path in old) or aside.exists():  # after a kill right here
         aside.mkdir(exist_ok=True)
         for path in old:
             path.rename(aside / path.name)
@@ -359,16 +363,26 @@ def save(state, step, losses, config, run):
         "wandb_id": state.wandb_id,
     }
     checkpoint["model"]["lm_head.weight"] = checkpoint["model"]["transformer.wte.weight"]
-    try:
-        for name in dict.fromkeys(names) if run.rank == 0 else ():
+    saved = bool(run.reduce("min", run.rank > 0 or write(checkpoint, names, state, run)))
+    if saved:
+        state.step, state.best_val_loss = step, best
+    return saved
+
+
+def write(checkpoint, names, state, run):
+    """Write a checkpoint under each of `names`; return False, once it is said, if one fails."""
+    for name in dict.fromkeys(names):
+        try:
             Path(out_dir).mkdir(parents=True, exist_ok=True)
             with atomic(Path(out_dir, name)) as file:
                 torch.save(checkpoint, file)
-    except (OSError, RuntimeError) as fault:
-        why = fault if isinstance(fault, OSError) else fault.__context__  # torch hides the write's
-        print(f"step {step} is not saved: {why}; {way_back(state)}")
-        return False
-    state.step, state.best_val_loss = step, best
+        except (OSError, RuntimeError) as fault:
+            why = fault if isinstance(fault, OSError) else fault.__context__  # torch hides it
+            if not isinstance(why, OSError):
+                raise
+            run.say(f"step {checkpoint['iter_num']} is not saved: {why}; {way_back(state)}")
+            return False
+        state.step, state.best_val_loss = checkpoint["iter_num"], checkpoint["best_val_loss"]
     return True
 
 
@@ -384,10 +398,11 @@ def way_back(state):
 def open_log(config, state, run):
     """Return a function that appends a dict to log.jsonl, and to wandb if asked for; on rank 0.
 
-    A resumed run drops the lines that it will write again. A line that finds no room waits.
+    A resumed run drops the lines that it will write again. A line that finds no room waits; the
+    function returns whether none does.
     """
     if run.rank > 0 or eval_only:
-        return lambda entry: None
+        return lambda *entries: True
     path, waiting = Path(out_dir, "log.jsonl"), []
     path.parent.mkdir(parents=True, exist_ok=True)
     wandb = open_wandb(config, state) if wandb_log else None
@@ -395,9 +410,12 @@ def open_log(config, state, run):
         set_aside()
     trim(path, state.step)
 
-    def write(entry):
-        finite = {k: None if v != v or v in (math.inf, -math.inf) else v for k, v in entry.items()}
-        waiting.append(json.dumps(finite, allow_nan=False) + "\n")  # JSON has no NaN
+    def append(*entries):
+        for entry in entries:
+            bad = [k for k, v in entry.items() if isinstance(v, float) and not math.isfinite(v)]
+            waiting.append(json.dumps({**entry, **dict.fromkeys(bad)}) + "\n")  # JSON has no NaN
+            if wandb and "settings" not in entry:
+                wandb.log(entry, step=entry["iter"])
         size = path.stat().st_size if path.exists() else 0
         try:
             with open(path, "a", encoding="utf-8") as file:
@@ -407,14 +425,13 @@ def open_log(config, state, run):
             with suppress(OSError):
                 os.truncate(path, size)  # no half a line
             if len(waiting) == 1:
-                print(f"{path} waits: {fault.strerror}")
-        if wandb:
-            wandb.log(entry)
+                run.say(f"{path} waits: {fault.strerror}")
+        return not waiting
 
     chosen = {"device": str(run.device), "dtype": str(run.dtype)[6:], "compile": run.compile}
     chosen["world_size"] = run.world_size
-    write({"iter": state.step, "settings": {**config, **chosen}})
-    return write
+    append({"iter": state.step, "settings": {**config, **chosen}})
+    return append
 
 
 def trim(path, step):
@@ -445,10 +462,7 @@ def open_wandb(config, state):
 
 
 def log_step(step, loss, grad_norm, seconds, state, run, log):
-    """Print and record the figures of a step, `seconds` long. Every rank must call it.
-
-    Raises ValueError when too many steps had no finite gradient.
-    """
+    """Print and record the figures of a step, `seconds` long. Every rank must call it."""
     loss, grad_norm = run.reduce("sum", loss.item()) / run.world_size, grad_norm.item()
     tokens = batch_size * gradient_accumulation_steps * block_size
     mfu = state.model.estimate_mfu(tokens / run.world_size, seconds, run.peak_flops())
@@ -458,10 +472,14 @@ def log_step(step, loss, grad_norm, seconds, state, run, log):
     run.say(f"{head}, {speed}, norm {grad_norm:.2f}, {left} left")
     rates = {"lr": learning_rate_at(step), "tokens_per_second": tokens / seconds, "mfu": mfu}
     log({"iter": step, "loss": loss, "grad_norm": grad_norm, "ms": seconds * 1000, **rates})
-    bad = int(run.reduce("max", state.bad_steps.item()))
-    if bad >= max_bad_steps:
-        what = f"step {step} is number {bad} in a row without an update"
-        figures = f"loss {loss:.4f}, gradient norm {grad_norm:.4f}"
+    check_gradients(step, loss, grad_norm, state, run)
+
+
+def check_gradients(step, loss, grad_norm, state, run):
+    """Raise ValueError after too many steps without a finite gradient. Every rank must call it."""
+    if run.reduce("max", state.bad_steps.item()) >= max_bad_steps:
+        what = f"{max_bad_steps} steps in a row had no finite gradient, seen at step {step}"
+        figures = f"loss {float(loss):.4f}, gradient norm {float(grad_norm):.4f}"
         raise ValueError(f"{what}: {figures}; {way_back(state)}; lower --learning_rate")
 
 
@@ -504,17 +522,19 @@ def main(config):
     describe(run, state, data)
     if not eval_only:
         runtime.catch_signals()
-    began, since = run.now(), state.step
+    began, since, loss, grad_norm = run.now(), state.step, math.nan, math.nan
     for step in range(state.step, max(state.step, max_iters) + 1):
         stopped = run.stop_requested()
-        done = stopped or step >= max_iters or eval_only
-        if step % eval_interval == 0 or done:
+        done = step >= max_iters or eval_only
+        if stopped or done or step % eval_interval == 0:
             paused = run.now()
+            check_gradients(step, loss, grad_norm, state, run)
             losses = {} if stopped else evaluate(state.model, data, run)
             log_losses(step, losses, run, log)
+            stopped = stopped or run.stop_requested()  # while it evaluated
             saved = save(state, step, losses, config, run)
             began += run.now() - paused  # the time of a step leaves evaluations and saves out
-        if done:
+        if stopped or done:
             break
         loss, grad_norm = train_step(model, state, batches, step, run)
         if step % log_interval == 0:
@@ -523,11 +543,11 @@ def main(config):
             began, since = run.now(), step + 1
         elif run.rank == 0 and sys.stdout.isatty():
             print(f"step {step} of {max_iters}", end="\r", flush=True)  # till the next line
-    if not saved:
-        raise SystemExit(1)  # save said why
     if stopped:
-        go_on = f"python train.py --init_from=resume --out_dir={out_dir}"
-        run.say(f"{signal.Signals(stopped).name}: step {step} is saved; go on with {go_on}")
+        run.say(f"{signal.Signals(stopped).name}: {way_back(state)}; go on with {GO_ON}{out_dir}")
+    if not (log() and saved):
+        raise SystemExit(1)  # it was said why
+    if stopped:
         raise SystemExit(128 + stopped)
 
 

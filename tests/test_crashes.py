@@ -15,6 +15,7 @@ from conftest import TINY, assert_equal, load, log, losses
 import train
 
 KILLS = 30
+RUN = "train.main(configure(vars(train)))\n"
 SLOW_SAVES = """
 import io, os, time
 import torch, train
@@ -45,7 +46,7 @@ train.main(configure(vars(train)))
 def test_kill_9_at_any_moment_costs_nothing(start, finish, tiny):
     """Kill at 30 random moments, most of them in a save; the end is that of a run never killed."""
     (tiny / "slow_saves.py").write_text(SLOW_SAVES)
-    options = [*TINY, "--dropout=0.2", "--max_iters=400", "--eval_interval=4", "--eval_iters=2"]
+    options = [*TINY, "--dropout=0.2", "--max_iters=800", "--eval_interval=4", "--eval_iters=2"]
     options += ["--always_save_checkpoint=False", "--learning_rate=1e-2"]
     finish(*options, "--out_dir=straight")
     moments, in_save = random.Random(1), 0
@@ -97,7 +98,8 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
         with pytest.raises(SystemExit) as stop:
             launch(train, *options)
     assert stop.value.code == 128 + number and signal.getsignal(number) is before
-    said = f"{name}: step 3 is saved; go on with python train.py --init_from=resume --out_dir=out"
+    go_on = "go on with --init_from=resume --out_dir=out"
+    said = f"{name}: out keeps the checkpoint of step 3; {go_on}"
     assert capsys.readouterr().out.splitlines()[-1] == said
     assert load("out/ckpt.pt")["iter_num"] == 3
     launch(train, "--init_from=resume")
@@ -120,16 +122,19 @@ def test_a_signal_before_an_evaluation_loses_no_best_model(launch, tiny, monkeyp
 
 
 def test_a_second_interrupt_stops_at_once(start, tiny):
-    endless = "--max_iters=100000", "--eval_interval=50", "--eval_iters=100000", "--batch_size=1"
-    process = start(*TINY, *endless, "--block_size=4", "--log_interval=1000")
-    while not process.stdout.readline().startswith("iter 0"):
+    script = "import time, train\nfrom configurator import configure\nstep = train.train_step\n"
+    script += "def slow(model, state, batches, number, run):\n"
+    script += "    time.sleep(60 * (number == 3))\n"
+    script += "    return step(model, state, batches, number, run)\n"
+    (tiny / "slow.py").write_text(script + "train.train_step = slow\n" + RUN)
+    process = start(*TINY, "--eval_interval=2", script="slow.py")
+    while not process.stdout.readline().startswith("iter 2"):
         pass
     for _ in range(2):
+        time.sleep(0.5)
         process.send_signal(signal.SIGINT)
-        time.sleep(0.2)
-    assert process.wait(timeout=20) in (-signal.SIGINT, 128 + signal.SIGINT)
-    if (tiny / "out" / "ckpt.pt").exists():
-        load("out/ckpt.pt")
+    assert process.wait(timeout=20) == -signal.SIGINT
+    assert load("out/ckpt.pt")["iter_num"] == 2
 
 
 # --- saves that fail -----------------------------------------------------------------------------
@@ -198,6 +203,72 @@ def test_lines_of_the_log_that_find_no_room_wait(launch, tiny, monkeypatch, file
     assert list(losses("out")) == list(range(8))
 
 
+def test_a_disk_that_fills_between_the_two_files_loses_no_best_model(launch, tiny, monkeypatch):
+    values, real, step = iter([9.0, 5.0, 1.0, 3.0, 4.0]), train.atomic, [0]
+
+    def full(path):
+        if path.name == "last.pt" and step[0] == 4:
+            raise OSError(28, "No space left on device")
+        return real(path)
+
+    def evaluate(*arguments):
+        step[0] += 2
+        return {"train": 1.0, "val": next(values)}
+
+    step[0] = -2
+    monkeypatch.setattr(train, "evaluate", evaluate)
+    monkeypatch.setattr(train, "atomic", full)
+    options = "--max_iters=8", "--eval_interval=2", "--always_save_checkpoint=False"
+    out = launch(train, *TINY, *options)
+    why = "[Errno 28] No space left on device; out keeps the checkpoint of step 4"
+    assert f"step 4 is not saved: {why}" in out
+    best, newest = load("out/ckpt.pt"), load("out/last.pt")
+    assert (best["iter_num"], best["best_val_loss"]) == (4, 1.0)
+    assert (newest["iter_num"], newest["best_val_loss"]) == (8, 1.0)
+
+
+def test_the_best_model_is_kept_from_where_that_is_asked_for(launch, tiny, monkeypatch):
+    values = iter([9.0, 1.0, 5.0, 5.0, 4.0, 6.0])
+    monkeypatch.setattr(train, "evaluate", lambda *a: {"train": 1.0, "val": next(values)})
+    launch(train, *TINY, "--max_iters=4", "--eval_interval=2")
+    launch(train, "--init_from=resume", "--max_iters=8", "--always_save_checkpoint=False")
+    best = load("out/ckpt.pt")
+    assert (best["iter_num"], best["best_val_loss"]) == (6, 4.0)
+
+
+def test_a_kill_while_an_older_run_moves_aside_loses_no_run(launch, tiny, monkeypatch):
+    launch(train, *TINY, "--max_iters=1")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(SystemExit):
+            launch(train, *TINY, "--max_iters=2")
+    Path("out/ckpt.pt").rename("out/previous.new/ckpt.pt")  # as far as it may have come
+    for steps in (3, 4):
+        launch(train, *TINY, f"--max_iters={steps}")
+    folders = "out", "out/previous", "out/previous/previous"
+    assert [load(f"{folder}/ckpt.pt")["iter_num"] for folder in folders] == [4, 3, 1]
+
+
+def test_lines_of_the_log_that_never_found_room_show_in_the_exit_status(
+    launch, tiny, monkeypatch, file_limit
+):
+    def short():
+        file_limit(Path("out", "log.jsonl").stat().st_size + 20)
+        monkeypatch.setattr(train, "save", lambda *a: True)
+
+    at_step(monkeypatch, 3, short)
+    with pytest.raises(SystemExit) as stop:
+        launch(train, *TINY, "--max_iters=5", "--eval_interval=5")
+    assert stop.value.code == 1
+
+
+def test_output_that_finds_no_room_does_not_end_a_run(start, tiny):
+    with open("/dev/full", "w") as full:
+        process = start(*TINY, "--max_iters=3", stdout=full)
+        process.communicate(timeout=60)
+    assert load("out/ckpt.pt")["iter_num"] == 3
+
+
 # --- bad gradients -------------------------------------------------------------------------------
 
 
@@ -232,7 +303,7 @@ def test_bad_steps_in_a_row_end_the_run(launch, tiny, monkeypatch):
         options = "--max_iters=20", "--eval_interval=4", "--max_bad_steps=3", "--log_interval=1"
         launch(train, *TINY, *options)
     entries = [entry for entry in log("out") if "loss" in entry]
-    what = "step 6 is number 3 in a row without an update"
+    what = "3 steps in a row had no finite gradient, seen at step 6"
     figures = f"loss {entries[-1]['loss']:.4f}, gradient norm nan"
     way_back = "out keeps the checkpoint of step 4; lower --learning_rate"
     assert stop.value.code == f"error: {what}: {figures}; {way_back}"
@@ -255,3 +326,20 @@ def test_a_weight_that_is_not_finite_is_never_saved(launch, tiny, monkeypatch):
     what = "step 6: the loss or a weight is not finite"
     assert stop.value.code == f"error: {what}; out keeps the checkpoint of step 3"
     assert load("out/ckpt.pt")["iter_num"] == 3
+
+
+def test_bad_steps_between_two_log_lines_are_seen(launch, tiny, monkeypatch):
+    poison(monkeypatch, {1, 2, 3, 5, 6})
+    options = "--max_iters=20", "--eval_interval=20", "--max_bad_steps=3", "--log_interval=8"
+    with pytest.raises(SystemExit, match="3 steps in a row had no finite gradient, seen at step 8"):
+        launch(train, *TINY, *options)
+    with pytest.raises(SystemExit, match="seen at step 20: .* none was saved yet"):
+        launch(train, *TINY, *options[:3], "--log_interval=100")
+
+
+def test_a_float16_run_whose_gradients_stay_bad_ends(launch, tiny, monkeypatch):
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler("cpu"))
+    poison(monkeypatch, set(range(1, 100)))
+    with pytest.raises(SystemExit, match="5 steps in a row had no finite gradient"):
+        launch(train, *TINY, "--max_iters=100")

@@ -106,7 +106,7 @@ NO_FILE = "a setting is given as --key=value"
         ([*TINY, "--lr_decay_iters=-5", "--decay_lr=False"], "lr_decay_iters=-5 must be at least 0"),  # noqa: E501
         ([*TINY, "--max_bad_steps=0", "--timeout=0"], "timeout=0.0 must be at least 1\nmax_bad_steps=0 must be at least 1"),  # noqa: E501
         ([*TINY, f"--seed={2**63}"], f"seed={2**63} must be at least 0 and below {2**63}"),
-        ([*TINY, "--max_iters=1e30"], f"max_iters={int(1e30)} must be at least 0 and below {2**63}"),  # noqa: E501
+        ([*TINY, "--max_iters=1e30"], f"max_iters={int(1e30)} must be at least 0 and below {2**31}"),  # noqa: E501
         ([*TINY, "--beta1=1"], "beta1=1.0 must be at least 0 and below 1"),
         ([*TINY, "--device=cuda:9"], "device=cuda:9: this machine has none; try --device=auto"),
         ([*TINY, "--device=meta"], "device=meta: this machine has none; try --device=auto"),

@@ -113,7 +113,8 @@ def test_a_signal_to_torchrun_stops_all_ranks_at_one_step(start, finish, tiny, n
     process.send_signal(getattr(signal, name))
     out, err = process.communicate(timeout=60)
     saved = load("out/ckpt.pt")["iter_num"]
-    assert f"{name}: step {saved} is saved; go on with" in out
+    assert f"{name}: out keeps the checkpoint of step {saved}; go on with" in out
+    assert process.returncode == 1  # torchrun's own
     finish("--init_from=resume", f"--max_iters={saved + 5}", processes=2)
     finish(*options, f"--max_iters={saved + 5}", "--out_dir=straight", processes=2)
     assert_equal(load("straight/ckpt.pt"), load("out/ckpt.pt"))
@@ -126,7 +127,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(start, tiny):
     os.kill(workers(process)[-1], signal.SIGTERM)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 1 and f"exitcode: {128 + signal.SIGTERM}" in err
-    assert f"SIGTERM: step {load('out/ckpt.pt')['iter_num']} is saved" in out
+    assert f"SIGTERM: out keeps the checkpoint of step {load('out/ckpt.pt')['iter_num']};" in out
 
 
 @slow
@@ -180,3 +181,26 @@ def test_machines_that_do_not_share_a_folder_are_told(launch, finish, tiny):
     err = finish(*TINY, "--init_from=auto", processes=2, status=1, script="apart.py")
     line = "machines resume from different steps: they must share out_dir"
     assert len(errors(err)) <= 2 and all(line in error for error in errors(err))
+
+
+@slow
+def test_a_compiler_that_fails_on_one_rank_is_left_out_by_all(finish, tiny):
+    script = "import os, train\nfrom configurator import configure\ntry_step = train.try_step\n"
+    script += "def failing(*arguments):\n    if os.environ['RANK'] == '1':\n"
+    script += "        raise RuntimeError('no compiler')\n    try_step(*arguments)\n"
+    (tiny / "half.py").write_text(
+        script + "train.try_step = failing\ntrain.main(configure(vars(train)))"
+    )
+    out = finish(*TINY, "--compile=True", "--max_iters=2", processes=2, script="half.py")
+    assert "not compiled, which is slower: another rank failed" in out
+    assert load("out/ckpt.pt")["iter_num"] == 2
+
+
+@slow
+def test_a_last_save_that_fails_ends_all_ranks_with_status_1(finish, tiny):
+    script = "import train\nfrom configurator import configure\ndef atomic(path):\n"
+    script += "    raise OSError(28, 'No space left on device')\ntrain.atomic = atomic\n"
+    script += "train.trim = lambda *arguments: None\ntrain.main(configure(vars(train)))"
+    (tiny / "full.py").write_text(script)
+    err = finish(*TINY, "--max_iters=2", processes=2, status=1, script="full.py")
+    assert errors(err) == [] and "exitcode: -" not in err

@@ -112,12 +112,16 @@ def test_wandb_goes_on_with_its_run(launch, tiny, monkeypatch):
         calls.append(options)
         return types.SimpleNamespace(id=options["id"] or "made-by-wandb")
 
-    fake = types.SimpleNamespace(init=init, log=logged.append, Error=RuntimeError)
+    def write(entry, step):
+        logged.append(entry)
+
+    fake = types.SimpleNamespace(init=init, log=write, Error=RuntimeError)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     launch(train, *TINY, "--wandb_log=True", "--max_iters=2")
     launch(train, "--init_from=resume", "--max_iters=3")
     assert [call["id"] for call in calls] == [None, "made-by-wandb"]
     assert [e["iter"] for e in logged if "loss" in e] == [0, 1, 2]
+    assert not any("settings" in entry for entry in logged)
 
 
 def test_wandb_that_will_not_start_gets_one_line(launch, tiny, monkeypatch):
