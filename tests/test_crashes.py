@@ -2,7 +2,6 @@
 
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -14,6 +13,7 @@ from conftest import TINY, assert_equal, load, log, losses
 
 import train
 
+resource = pytest.importorskip("resource")  # POSIX: so are the signals
 KILLS = 30
 RUN = "train.main(configure(vars(train)))\n"
 SLOW_SAVES = """
@@ -140,17 +140,26 @@ def test_a_second_interrupt_stops_at_once(start, tiny):
 # --- saves that fail -----------------------------------------------------------------------------
 
 
+def file_limit(size):
+    """Bound the size of files, in bytes; None lifts the bound."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size or most, most))
+
+
 @pytest.fixture
-def file_limit():
-    """Return a function that bounds the size of files, in bytes; None lifts the bound."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size or soft, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+def launch(launch):
+    """Lift the bound after each run: pytest's own output may be a longer file."""
+
+    def run(*arguments):
+        try:
+            return launch(*arguments)
+        finally:
+            file_limit(None)
+
+    return run
 
 
-def test_a_save_without_room_keeps_the_older_and_is_tried_again(
-    launch, tiny, monkeypatch, file_limit
-):
+def test_a_save_without_room_keeps_the_older_and_is_tried_again(launch, tiny, monkeypatch):
     step = train.train_step
 
     def watched(model, state, batches, number, run):
@@ -169,7 +178,7 @@ def test_a_save_without_room_keeps_the_older_and_is_tried_again(
     assert sorted(path.name for path in Path("out").iterdir()) == ["ckpt.pt", "log.jsonl"]
 
 
-def test_a_last_save_that_fails_shows_in_the_exit_status(launch, tiny, monkeypatch, file_limit):
+def test_a_last_save_that_fails_shows_in_the_exit_status(launch, tiny, monkeypatch):
     at_step(monkeypatch, 3, lambda: file_limit(100_000))
     with pytest.raises(SystemExit) as stop:
         launch(train, *TINY, "--max_iters=4", "--eval_interval=2")
@@ -187,7 +196,7 @@ def test_a_folder_that_is_gone_is_made_again(launch, tiny, monkeypatch):
     assert stop.value.code == 1
 
 
-def test_lines_of_the_log_that_find_no_room_wait(launch, tiny, monkeypatch, file_limit):
+def test_lines_of_the_log_that_find_no_room_wait(launch, tiny, monkeypatch):
     step = train.train_step
 
     def watched(model, state, batches, number, run):
@@ -249,9 +258,7 @@ def test_a_kill_while_an_older_run_moves_aside_loses_no_run(launch, tiny, monkey
     assert [load(f"{folder}/ckpt.pt")["iter_num"] for folder in folders] == [4, 3, 1]
 
 
-def test_lines_of_the_log_that_never_found_room_show_in_the_exit_status(
-    launch, tiny, monkeypatch, file_limit
-):
+def test_lines_of_the_log_that_never_found_room_show_in_the_exit_status(launch, tiny, monkeypatch):
     def short():
         file_limit(Path("out", "log.jsonl").stat().st_size + 20)
         monkeypatch.setattr(train, "save", lambda *a: True)
