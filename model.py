@@ -385,16 +385,16 @@ def read_checkpoint(path):
         raise ValueError(f"no checkpoint {path}")
     try:
         if damaged := zipfile.ZipFile(path).testzip():  # 0.35 s per GB; torch.load ignores CRCs
-            raise ValueError(f"{damaged} in it is damaged")
+            raise ValueError(f"{damaged!r} in it is damaged")
         checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         lacks = [key for key in kinds if not isinstance(checkpoint.get(key), kinds[key])]
         more = ("optimizer", "scaler", "tokenizer")
         lacks += [key for key in more if not isinstance(checkpoint.get(key, {}), dict)]
     except Exception as fault:  # damage can raise anything, but runs nothing
-        reason = f"{type(fault).__name__}: {fault}".partition(".")[0].removeprefix("ValueError: ")
+        why = f"{type(fault).__name__}: {fault}".removeprefix("ValueError: ").partition(". ")[0]
         if isinstance(fault, zipfile.BadZipFile):
-            reason = "it was cut short or is another kind of file"
-        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from None
+            why = "it was cut short or is another kind of file"
+        raise ValueError(f"{path} cannot be read as a checkpoint: {why.splitlines()[0]}") from None
     if lacks:
         raise ValueError(f"{path} is no checkpoint: it lacks {', '.join(lacks)}")
     return checkpoint

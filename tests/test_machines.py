@@ -80,7 +80,7 @@ def printed(run, rank, stream="stdout"):
     """Return the lines that train.py has printed, without the log lines of torch's C++ side."""
     logs = Path(run, str(rank)).rglob(f"{stream}.log")
     lines = "".join(log.read_text(encoding="utf-8") for log in logs).splitlines()
-    return [line for line in lines if not re.match(r"\[[WE]\d{4} ", line)]
+    return [line for line in lines if not re.match(r"(\[rank\d+\]:)?\[[WE]\d{4} ", line)]
 
 
 def steps(run):

@@ -259,7 +259,7 @@ OTHER = "the checkpoint is of another kind of model: "
         (lambda: put(CKPT, b""), UNREADABLE + "it was cut short or is another kind of file"),
         (lambda: put(CKPT, b"garbage" * 99), UNREADABLE + "it was cut short or is another kind of file"),  # noqa: E501
         (lambda: put(CKPT, Path(CKPT).read_bytes()[:9000]), UNREADABLE + "it was cut short or is another kind of file"),  # noqa: E501
-        (lambda: flip(CKPT, in_the_weights()), UNREADABLE + "ckpt/data/0 in it is damaged"),
+        (lambda: flip(CKPT, in_the_weights()), UNREADABLE + "'ckpt/data/0' in it is damaged"),
         (lambda: torch.save(Payload(), CKPT), UNREADABLE + "UnpicklingError: Weights only load failed"),  # noqa: E501
         (lambda: change(config=Payload()), UNREADABLE + "UnpicklingError: Weights only load failed"),  # noqa: E501
         (lambda: torch.save([1], CKPT), UNREADABLE + "AttributeError: 'list' object has no attribute 'get'"),  # noqa: E501
