@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+LOGITS_AT_ONCE = 2**26  # numbers, of 4 bytes, in the loss
+
 
 @dataclass
 class GPTConfig:
@@ -62,9 +64,17 @@ class CausalSelfAttention(nn.Module):
             k, v = cache[:, :, :, : past + T]  # (B, H, past + T, D)
         dropout = self.dropout if self.training else 0.0
         # A single token sees all before it. More than one only ever come first, with past = 0.
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        y = attend(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
+
+
+def attend(q, k, v, **options):
+    """Return the attention (B, H, T, D), in float32 where a CPU will go backward through it."""
+    if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
+        return F.scaled_dot_product_attention(q, k, v, **options)
+    with torch.autocast("cpu", enabled=False):  # bfloat16's backward takes several times as long
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
 
 
 class MLP(nn.Module):
@@ -92,6 +102,42 @@ class Block(nn.Module):
     def forward(self, x, cache=None, past=0):
         x = x + self.attn(self.ln_1(x), cache, past)
         return x + self.mlp(self.ln_2(x))
+
+
+class HeadLoss(torch.autograd.Function):
+    """Mean cross-entropy of `targets` (N), -1 ignored, under the logits x (N, C) @ weight.T (V, C).
+
+    All N * V logits would be the largest tensor of a step and their gradient a second one. Here a
+    few rows at a time are made, in `dtype`, and turned into both gradients while they are there.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, dtype, with_gradients):
+        loss, count = torch.zeros((), device=x.device), (targets >= 0).sum()
+        matrix, rows = weight.to(dtype), max(1, LOGITS_AT_ONCE // len(weight))
+        grad_x = torch.empty_like(x) if with_gradients else None
+        grad_weight = torch.zeros_like(weight) if with_gradients else None
+        for at in range(0, len(x), rows):
+            part, correct = x[at : at + rows].to(dtype), targets[at : at + rows, None]
+            kept, correct = correct >= 0, correct.clamp(min=0)
+            logits = (part @ matrix.t()).float()  # (rows, V)
+            total = logits.logsumexp(1, keepdim=True)
+            loss += ((total - logits.gather(1, correct)) * kept).sum()
+            if with_gradients:
+                slope = logits.sub_(total).exp_()  # the softmax, less 1 where it should be 1
+                slope.scatter_add_(1, correct, torch.full_like(total, -1)).mul_(kept)
+                slope = slope.to(dtype)
+                grad_x[at : at + rows] = slope @ matrix
+                grad_weight += slope.t() @ part
+        ctx.save_for_backward(grad_x, grad_weight, count)
+        return loss / count
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        grad_x, grad_weight, count = ctx.saved_tensors
+        scale = gradient / count
+        return grad_x * scale, grad_weight * scale, None, None, None
 
 
 class GPT(nn.Module):
@@ -128,10 +174,10 @@ class GPT(nn.Module):
     def forward(self, idx, targets=None, cache=None, past=0):
         """Return logits and loss for token ids `idx` (B, T).
 
-        With `targets` (B, T), where -1 is ignored: logits (B, T, V) and the mean cross-entropy in
-        nats per token. Without: logits (B, 1, V) of the last position, and None. `cache`, made by
-        `make_cache`, holds the keys and values of `past` tokens, which idx continues: with one
-        token, or with any number if past is 0.
+        With `targets` (B, T), where -1 is ignored: None, and the mean cross-entropy in nats per
+        token. Without: logits (B, 1, V) of the last position, and None. `cache`, of `make_cache`,
+        holds the keys and values of `past` tokens, which idx continues: with one token, or with any
+        number if past is 0.
         """
         T = idx.size(1)
         assert past + T <= self.config.block_size, (past, T, self.config.block_size)
@@ -143,9 +189,10 @@ class GPT(nn.Module):
         x = self.transformer.ln_f(x)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        logits = self.lm_head(x)
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
-        return logits, loss
+        autocast = torch.is_autocast_enabled(x.device.type)
+        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
+        rows = x.flatten(0, 1), self.lm_head.weight, targets.flatten()
+        return None, HeadLoss.apply(*rows, dtype, torch.is_grad_enabled())
 
     # --- sizes -----------------------------------------------------------------------------------
 

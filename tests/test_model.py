@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model import GPT, GPTConfig, next_token, read_checkpoint
+import model as model_module
+from model import GPT, GPTConfig, HeadLoss, next_token, read_checkpoint
 
 SMALL = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
 SIZES = {
@@ -32,6 +33,15 @@ def ids(*shape):
     return torch.randint(SMALL.vocab_size, shape, generator=generator)
 
 
+def all_logits(model, tokens):
+    """Return the logits (B, T, V) of all positions, which training never holds."""
+    found = []
+    hook = model.transformer.ln_f.register_forward_hook(lambda *call: found.append(call[2]))
+    model(tokens)
+    hook.remove()
+    return model.lm_head(found[0])
+
+
 def test_attention_equals_the_naive_one(model):
     attention, x = model.transformer.h[0].attn, torch.randn(3, 16, 32)
     B, T, C, H = 3, 16, 32, 2
@@ -42,11 +52,21 @@ def test_attention_equals_the_naive_one(model):
     torch.testing.assert_close(attention(x), attention.c_proj(expected))
 
 
+def test_attention_inside_bfloat16_is_that_of_float32(model):
+    attention, x = model.transformer.h[0].attn, torch.randn(3, 16, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        q, k, v = attention.c_attn(x).chunk(3, dim=2)
+        heads = [t.view(3, 16, 2, 16).transpose(1, 2) for t in (q, k, v)]
+        y = F.scaled_dot_product_attention(*(t.float().double() for t in heads), is_causal=True)
+        expected = attention.c_proj(y.float().transpose(1, 2).reshape(3, 16, 32))
+        assert q.dtype == torch.bfloat16 and torch.equal(attention(x), expected)
+
+
 def test_a_later_token_never_changes_an_earlier_logit(model):
     tokens = ids(2, 16)
     changed = tokens.clone()
     changed[:, 9] = (changed[:, 9] + 1) % 40
-    before, after = model(tokens, tokens)[0], model(changed, tokens)[0]
+    before, after = all_logits(model, tokens), all_logits(model, changed)
     torch.testing.assert_close(before[:, :9], after[:, :9])
     assert not torch.allclose(before[:, 9:], after[:, 9:])
 
@@ -58,11 +78,23 @@ def test_the_initial_loss_is_that_of_guessing():
     assert abs(model(tokens[:, :-1], tokens[:, 1:])[1].item() - math.log(1000)) < 0.1
 
 
-def test_the_loss_is_the_mean_over_targets_that_are_not_ignored(model):
-    tokens, targets = ids(2, 16), ids(2, 16)
-    targets[0] = -1
-    logits, loss = model(tokens, targets)
-    torch.testing.assert_close(loss, F.cross_entropy(logits[1], targets[1]))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("at_once", [1, 500, 2**26])
+def test_the_loss_in_parts_equals_the_plain_one(monkeypatch, at_once, dtype):
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    x, weight = torch.randn(40, 16), torch.randn(100, 16)
+    targets = torch.randint(100, (40,))
+    targets[:7] = -1
+    x.requires_grad_(), weight.requires_grad_()
+    loss = HeadLoss.apply(x, weight, targets, dtype, True)
+    found = loss, *torch.autograd.grad(3 * loss, (x, weight))
+    plain = F.cross_entropy((x.to(dtype) @ weight.to(dtype).t()).float(), targets, ignore_index=-1)
+    expected = plain, *torch.autograd.grad(3 * plain, (x, weight))
+    bound = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-3, "rtol": 2e-2}
+    for mine, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, **bound)
+    assert torch.equal(HeadLoss.apply(x, weight, targets, dtype, False), loss)
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -109,9 +141,9 @@ def test_matrices_decay_and_vectors_do_not(model):
 
 
 def test_cropping_the_context_keeps_what_is_left_of_it(model):
-    before = model(ids(2, 8), ids(2, 8))[0]
+    before = all_logits(model, ids(2, 8))
     model.crop_block_size(8)
-    torch.testing.assert_close(model(ids(2, 8), ids(2, 8))[0], before)
+    torch.testing.assert_close(all_logits(model, ids(2, 8)), before)
     assert model.config.block_size == 8 and model.transformer.wpe.weight.shape == (8, 32)
 
 
@@ -151,7 +183,7 @@ def test_logits_equal_those_of_transformers(gpt2_folder):
     model = GPT.from_pretrained(str(folder), dropout=0.1).eval()
     tokens = torch.randint(50257, (2, 64), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        difference = model(tokens, tokens)[0] - source(tokens).logits
+        difference = all_logits(model, tokens) - source(tokens).logits
     assert difference.abs().max() < 1e-4
     assert model.config.gelu_tanh and model.transformer.drop.p == 0.1
 
@@ -221,7 +253,7 @@ def test_the_cache_changes_no_token(model, temperature, new_tokens):
 def test_greedy_generation_takes_the_likeliest_token_of_the_whole_context(model):
     tokens = ids(2, 4)
     for _ in range(12):
-        likeliest = model(tokens, tokens)[0][:, -1].argmax(dim=1, keepdim=True)
+        likeliest = all_logits(model, tokens)[:, -1].argmax(dim=1, keepdim=True)
         tokens = torch.cat((tokens, likeliest), dim=1)
     assert model.generate(ids(2, 4), 12, temperature=0).tolist() == tokens.tolist()
 
