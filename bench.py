@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import runtime
 import train
@@ -26,6 +27,7 @@ from data.tokens import GPT2, Batches, TokenFile, read_meta
 steps = 100                         # steps to measure at most
 seconds = 60.0                      # time to take them in; one is measured in any case
 real_data = True                    # the dataset, where it is prepared; False: random tokens
+baseline = False                    # time nanoGPT's way to make the same step too, in turn
 profile = False                     # write trace.json and print the operators that take longest
 gradient_accumulation_steps = 1     # micro-batches per step; train.py's own default is 40
 
@@ -44,7 +46,44 @@ def load_tokens(scratch):
     return TokenFile(path, GPT2, train.block_size), GPT2
 
 
-def time_steps(step, run):
+def nanogpts_step(tokens, meta, run):
+    """Return a function that makes a step the way nanoGPT does, on a model of its own.
+
+    All logits at once, sequences cut one by one, AdamW fused only on CUDA; there in bfloat16 and
+    compiled, elsewhere in float32 and eager.
+    """
+    model, cuda = train.build_model(None, meta, run), run.device.type == "cuda"
+    ours = model.configure_optimizers(train.weight_decay, train.learning_rate, (0.9, 0.95), "cpu")
+    optimizer = torch.optim.AdamW(ours.param_groups, fused=cuda)
+    micro_steps = train.gradient_accumulation_steps // run.world_size
+
+    def cut():
+        starts = torch.randint(len(tokens.ids) - train.block_size, (train.batch_size,)).tolist()
+        rows = [tokens.ids[at : at + train.block_size + 1].astype("i8") for at in starts]
+        pair = [row[:-1] for row in rows], [row[1:] for row in rows]
+        pair = [torch.stack([torch.from_numpy(row) for row in half]) for half in pair]
+        return [(t.pin_memory() if cuda else t).to(run.device, non_blocking=True) for t in pair]
+
+    def loss_of(idx, targets):
+        logits = model.lm_head(model.hidden(idx))
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
+
+    loss_of = torch.compile(loss_of) if cuda else loss_of
+
+    def step(index):
+        for _ in range(micro_steps):
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=cuda):
+                loss = loss_of(*cut()) / micro_steps
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        loss.item()  # for the log
+
+    return step
+
+
+def time_steps(step, run, seconds):
     """Return seconds per step of step(1), step(2), ..., by laps; step(0) warms up.
 
     Laps are of up to 10 steps, as between log lines, so that waiting for the device costs little.
@@ -90,6 +129,8 @@ def write_profile(step, run):
 def main(config):
     run = runtime.start(train.device, train.dtype, train.compile, train.backend, train.timeout)
     train.check_settings(run.world_size)
+    if baseline and run.world_size > 1:
+        raise ValueError("--baseline=True compares single processes; leave torchrun out")
     if train.init_from == "resume":
         raise ValueError("bench.py times a new model; leave --init_from=resume out")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
@@ -109,7 +150,11 @@ def main(config):
     def step(index):
         train.train_step(model, state, batches, index, run)
 
-    times = time_steps(step, run)
+    rounds, times, theirs = 3 if baseline else 1, [], []
+    their_step = nanogpts_step(tokens, meta, run) if baseline else None
+    for _ in range(rounds):
+        times += time_steps(step, run, seconds / rounds)
+        theirs += time_steps(their_step, run, seconds / rounds) if baseline else []
     median, per_step = statistics.median(times), math.prod(sizes)
     shape = " x ".join(map(str, sizes))
     spread = f"{min(times) * 1000:.2f} to {max(times) * 1000:.2f} in {len(times)} laps"
@@ -118,6 +163,9 @@ def main(config):
     known = f"mfu {mfu:.2%}" if mfu else "mfu unknown: no peak for this device"
     rate = f"{flops * per_step / median / 1e12:.2f} TFLOP/s"
     run.say(f"speed: {per_step / median:,.0f} tokens/s, {rate}, {known}")
+    if baseline:
+        other = statistics.median(theirs)
+        run.say(f"nanoGPT's way: median {other * 1000:.2f} ms, {other / median:.2f} times as long")
     run.say(f"peak memory: {peak_memory(run) / 2**30:.2f} GiB")
     if profile:
         write_profile(step, run)

@@ -171,6 +171,17 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
+    def hidden(self, idx, cache=None, past=0):
+        """Return what the head reads, (B, T, C), for token ids `idx` (B, T). As in forward."""
+        T = idx.size(1)
+        assert past + T <= self.config.block_size, (past, T, self.config.block_size)
+        assert past == 0 or T == 1, (past, T)
+        positions = torch.arange(past, past + T, device=idx.device)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        for layer, block in enumerate(self.transformer.h):
+            x = block(x, None if cache is None else cache[layer], past)
+        return self.transformer.ln_f(x)
+
     def forward(self, idx, targets=None, cache=None, past=0):
         """Return logits and loss for token ids `idx` (B, T).
 
@@ -179,14 +190,7 @@ class GPT(nn.Module):
         holds the keys and values of `past` tokens, which idx continues: with one token, or with any
         number if past is 0.
         """
-        T = idx.size(1)
-        assert past + T <= self.config.block_size, (past, T, self.config.block_size)
-        assert past == 0 or T == 1, (past, T)
-        positions = torch.arange(past, past + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
-        for layer, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[layer], past)
-        x = self.transformer.ln_f(x)
+        x = self.hidden(idx, cache, past)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
         autocast = torch.is_autocast_enabled(x.device.type)
