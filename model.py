@@ -12,10 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-LOGITS_AT_ONCE = 2**26  # numbers, of 4 bytes, in the loss
+import fast
 
 
 @dataclass
@@ -53,7 +52,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.dropout = config.n_head, config.dropout
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = fast.Dropout(config.dropout)
 
     def forward(self, x, cache=None, past=0):
         B, T, C = x.shape
@@ -64,17 +63,9 @@ class CausalSelfAttention(nn.Module):
             k, v = cache[:, :, :, : past + T]  # (B, H, past + T, D)
         dropout = self.dropout if self.training else 0.0
         # A single token sees all before it. More than one only ever come first, with past = 0.
-        y = attend(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        y = fast.attend(q, k, v, dropout_p=dropout, is_causal=T > 1)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
-
-
-def attend(q, k, v, **options):
-    """Return the attention (B, H, T, D), in float32 where a CPU will go backward through it."""
-    if q.device.type != "cpu" or q.dtype == torch.float32 or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, **options)
-    with torch.autocast("cpu", enabled=False):  # bfloat16's backward takes several times as long
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), **options)
 
 
 class MLP(nn.Module):
@@ -83,7 +74,7 @@ class MLP(nn.Module):
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh" if config.gelu_tanh else "none")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = fast.Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
@@ -104,42 +95,6 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
-class HeadLoss(torch.autograd.Function):
-    """Mean cross-entropy of `targets` (N), -1 ignored, under the logits x (N, C) @ weight.T (V, C).
-
-    All N * V logits would be the largest tensor of a step and their gradient a second one. Here a
-    few rows at a time are made, in `dtype`, and turned into both gradients while they are there.
-    """
-
-    @staticmethod
-    def forward(ctx, x, weight, targets, dtype, with_gradients):
-        loss, count = torch.zeros((), device=x.device), (targets >= 0).sum()
-        matrix, rows = weight.to(dtype), max(1, LOGITS_AT_ONCE // len(weight))
-        grad_x = torch.empty_like(x) if with_gradients else None
-        grad_weight = torch.zeros_like(weight) if with_gradients else None
-        for at in range(0, len(x), rows):
-            part, correct = x[at : at + rows].to(dtype), targets[at : at + rows, None]
-            kept, correct = correct >= 0, correct.clamp(min=0)
-            logits = (part @ matrix.t()).float()  # (rows, V)
-            total = logits.logsumexp(1, keepdim=True)
-            loss += ((total - logits.gather(1, correct)) * kept).sum()
-            if with_gradients:
-                slope = logits.sub_(total).exp_()  # the softmax, less 1 where it should be 1
-                slope.scatter_add_(1, correct, torch.full_like(total, -1)).mul_(kept)
-                slope = slope.to(dtype)
-                grad_x[at : at + rows] = slope @ matrix
-                grad_weight += slope.t() @ part
-        ctx.save_for_backward(grad_x, grad_weight, count)
-        return loss / count
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        grad_x, grad_weight, count = ctx.saved_tensors
-        scale = gradient / count
-        return grad_x * scale, grad_weight * scale, None, None, None
-
-
 class GPT(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -148,7 +103,7 @@ class GPT(nn.Module):
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
+                "drop": fast.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
@@ -196,7 +151,7 @@ class GPT(nn.Module):
         autocast = torch.is_autocast_enabled(x.device.type)
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         rows = x.flatten(0, 1), self.lm_head.weight, targets.flatten()
-        return None, HeadLoss.apply(*rows, dtype, torch.is_grad_enabled())
+        return None, fast.HeadLoss.apply(*rows, dtype, torch.is_grad_enabled())
 
     # --- sizes -----------------------------------------------------------------------------------
 
