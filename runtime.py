@@ -9,9 +9,11 @@ import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 
 import torch
 import torch.distributed as dist
+from torch.utils.checkpoint import checkpoint
 
 # Dense peaks in TFLOP/s, from data sheets: 16-bit, then float32 (as TF32 from Ampere on).
 PEAKS = {
@@ -155,6 +157,12 @@ def compile_model(model, run, attempt):
     model.zero_grad(set_to_none=True)
     run.say(f"not compiled, which is slower: {why or 'another rank failed'}")
     return replace(run, compile=False, about=f"{run.about}, but that failed")
+
+
+def recompute(blocks):
+    """Let each of `blocks` keep only its input, and run again in the backward pass, in place."""
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 # --- several processes ---------------------------------------------------------------------------

@@ -23,7 +23,7 @@ import torch
 
 import runtime
 from configurator import configure, restore
-from data.tokens import GPT2, Batches, TokenFile, atomic, read_meta
+from data.tokens import GPT2, Batches, TokenFile, atomic, read_meta, send
 from model import GPT, GPTConfig, read_checkpoint
 
 # --- settings ------------------------------------------------------------------------------------
@@ -68,6 +68,7 @@ min_lr: float | None = None         # the lowest; None: a tenth of learning_rate
 seed = 1337                         # of the initial weights, the batches and dropout
 backend = "nccl"                    # of the process group on GPUs; CPUs use gloo
 fsdp = False                        # shard weights and optimizer over the processes
+activation_checkpointing = False    # keep less for the backward pass; a third more to compute
 timeout = 600.0                     # seconds that processes wait for one another
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16 (scales the loss)
@@ -160,6 +161,8 @@ def build_model(checkpoint, meta, run):
 def build_state(checkpoint, meta, run):
     """Return the State that training starts from: a new one, or that of `checkpoint`."""
     model = build_model(checkpoint, meta, run)
+    if activation_checkpointing:
+        runtime.recompute(model.transformer.h)
     if fsdp and run.world_size > 1:
         runtime.shard(model, run)
     rates = weight_decay, learning_rate, (beta1, beta2)
@@ -229,7 +232,7 @@ def train_step(model, state, batches, step, run):
     share = sum(map(len, micro_batches))  # sequences of this rank
     for count, tokens in enumerate(micro_batches, start=1):
         model.require_backward_grad_sync = count == len(micro_batches)  # DDP averages only then
-        tokens = tokens.to(run.device, non_blocking=True)
+        tokens = send(tokens, run.device)
         with run.autocast():
             _, loss = model(tokens[:, :-1], tokens[:, 1:])
         loss = loss * (len(tokens) / share)
@@ -253,7 +256,7 @@ def train_step(model, state, batches, step, run):
 
 def try_step(model, state, batches, run):
     """Run a forward and backward that change nothing, so that a compiler shows what it can do."""
-    tokens = batches(state.step)[0].to(run.device)
+    tokens = send(batches(state.step)[0], run.device)
     model.require_backward_grad_sync = False  # the compiler of one rank may fail
     model(tokens[:, :-1], tokens[:, 1:])[1].backward()
     model.zero_grad(set_to_none=True)
@@ -278,7 +281,8 @@ def evaluate(model, data, run):
         for first in range(0, count, batch_size * run.world_size):
             mine = starts[first :][: batch_size * run.world_size][run.rank :: run.world_size]
             # A rank whose share has run out keeps step with the rest: a sharded model needs it.
-            ids = tokens.windows(mine if len(mine) else starts[:1], block_size + 1).to(run.device)
+            ids = tokens.windows(mine if len(mine) else starts[:1], block_size + 1)
+            ids = send(ids, run.device)
             with run.autocast():
                 sums.append(model(ids[:, :-1], ids[:, 1:])[1] * len(mine))
         losses[split] = run.reduce("sum", sum(loss.item() for loss in sums)) / count

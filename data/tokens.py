@@ -108,12 +108,21 @@ class TokenFile:
             raise ValueError(f"{self.path} holds id {ids.max()}, the vocabulary {self.vocab_size}")
 
     def windows(self, starts, length):
-        """Return the (len(starts), length) int64 ids that begin at `starts`, in one gather."""
-        windows = np.lib.stride_tricks.sliding_window_view(self.ids, length)[starts].astype("i8")
+        """Return the (len(starts), length) ids that begin at `starts`, in one gather; for `send`.
+
+        They are as wide as on disk, and signed: torch has few operators for unsigned ones.
+        """
+        windows = np.lib.stride_tricks.sliding_window_view(self.ids, length)[starts]
         self.check(windows)
         if hasattr(mmap, "MADV_DONTNEED"):  # else every page ever read counts as our memory
             self.mapping.madvise(mmap.MADV_DONTNEED)
-        return torch.from_numpy(windows)
+        return torch.from_numpy(windows.view(f"<i{windows.itemsize}"))
+
+
+def send(ids, device):
+    """Return ids of TokenFile.windows on `device`, int64. A quarter of that travels to a GPU."""
+    ids = ids.to(device, non_blocking=ids.is_pinned())  # other memory may be gone too soon
+    return ids.long() & (2 ** (8 * ids.element_size()) - 1)
 
 
 class Batches:

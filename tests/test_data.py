@@ -22,6 +22,7 @@ from data.tokens import (
     char_meta,
     make_tokenizer,
     read_meta,
+    send,
     write_dataset,
 )
 
@@ -155,9 +156,18 @@ def test_a_step_reads_the_same_sequences_whoever_asks_when(tmp_path):
 def test_windows_are_runs_of_the_file_and_every_start_occurs(tmp_path):
     tokens = token_file(tmp_path / "train.bin", np.arange(20))
     rows = torch.cat([torch.cat(Batches(tokens, 1, 8, 4, 0, CPU)(step)) for step in range(50)])
-    assert rows.dtype == torch.int64 and rows.shape == (400, 5)
+    assert rows.dtype == torch.int16 and rows.shape == (400, 5)  # as on disk
     assert (rows == rows[:, :1] + torch.arange(5)).all()
     assert set(rows[:, 0].tolist()) == set(range(16))
+
+
+@pytest.mark.parametrize("vocab_size", [65536, 65537])
+def test_every_id_arrives_on_the_device_as_it_was_written(tmp_path, vocab_size):
+    ids = [0, 1, 2**15 - 1, 2**15, vocab_size - 1]
+    write_dataset(tmp_path, {"vocab_size": vocab_size}, train=[ids])
+    tokens = TokenFile(tmp_path / "train.bin", read_meta(tmp_path), 4)
+    sent = send(tokens.windows(np.array([0]), 5), torch.device("cpu"))
+    assert sent.dtype == torch.int64 and sent.tolist() == [ids]
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import runtime
 from model import GPT, GPTConfig, next_token, read_checkpoint
 
 SMALL = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
@@ -71,6 +72,26 @@ def test_the_initial_loss_is_that_of_guessing():
     tokens = torch.randint(1000, (8, 33))
     model = GPT(GPTConfig(block_size=32, vocab_size=1000, n_layer=4, n_head=4, n_embd=64))
     assert abs(model(tokens[:, :-1], tokens[:, 1:])[1].item() - math.log(1000)) < 0.1
+
+
+def test_activation_checkpointing_keeps_one_tensor_per_block():
+    saved = []
+
+    def pack(tensor):
+        saved.append(tensor.numel())
+        return tensor
+
+    model = GPT(GPTConfig(block_size=32, vocab_size=64, n_layer=8, n_head=2, n_embd=32))
+    tokens = torch.randint(64, (4, 33))
+    sums = []
+    for _ in range(2):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(tokens[:, :-1], tokens[:, 1:])[1].backward()
+        sums.append(sum(saved))
+        runtime.recompute(model.transformer.h)
+    ends = sums[1] - 8 * 4 * 32 * 32  # what the embedding and the head keep
+    assert ends < 4 * 4 * 32 * 32 + 2 * 64 * 32 and sums[0] > 8 * sums[1], sums
 
 
 @pytest.mark.parametrize("name", SIZES)

@@ -26,6 +26,14 @@ def assert_same_runs(left, right):
     assert losses(left) == losses(right) and list(losses(left)) == sorted(losses(left))
 
 
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=slow)])
+def test_activation_checkpointing_changes_no_bit(launch, tiny, compiled):
+    options = *FULL, f"--compile={compiled}", "--max_iters=4"
+    launch(train, *options, "--out_dir=kept")
+    launch(train, *options, "--out_dir=again", "--activation_checkpointing=True")
+    assert_same_runs("kept", "again")
+
+
 WAYS = [
     ("float32", False),
     ("bfloat16", False),
