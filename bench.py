@@ -1,8 +1,9 @@
 """Time the training step of train.py: the same function on the same batches, nothing around it.
 
     python bench.py --compile=True
-    python bench.py config/train_shakespeare_char.py
+    python bench.py config/train_shakespeare_char.py --baseline=True
     python bench.py --batch_size=2 --dtype=float32 --seconds=30 --profile=True
+    python bench.py --new_tokens=256 --num_samples=10
 
 Takes the settings of train.py and its config files; by default GPT-2 124M at 12 x 1024 tokens.
 """
@@ -11,13 +12,18 @@ import math
 import statistics
 import sys
 import tempfile
+import time
+from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+import fast
 import runtime
 import train
 from configurator import configure
@@ -27,8 +33,10 @@ from data.tokens import GPT2, Batches, TokenFile, read_meta
 steps = 100                         # steps to measure at most
 seconds = 60.0                      # time to take them in; one is measured in any case
 real_data = True                    # the dataset, where it is prepared; False: random tokens
-baseline = False                    # time nanoGPT's way to make the same step too, in turn
+baseline: bool | str = False        # True: nanoGPT's way of it too, in turn; "only": without ours
 profile = False                     # write trace.json and print the operators that take longest
+new_tokens = 0                      # time drawing so many tokens instead of training steps
+num_samples = 1                     # side by side
 gradient_accumulation_steps = 1     # micro-batches per step; train.py's own default is 40
 
 ROOT = Path(__file__).resolve().parent
@@ -46,8 +54,45 @@ def load_tokens(scratch):
     return TokenFile(path, GPT2, train.block_size), GPT2
 
 
+# --- two ways to make a step ---------------------------------------------------------------------
+
+
+class TimedBatches(Batches):
+    """Batches that note in `waits` for how many seconds each step waited for what was prepared."""
+
+    def __call__(self, step):
+        began, prepared = time.perf_counter(), step in self.ahead
+        micro_batches = super().__call__(step)
+        self.waits += [time.perf_counter() - began] * prepared
+        return micro_batches
+
+
+def our_step(tokens, meta, run):
+    """Return a function that makes step `index` as train.py does, its model, and its waits."""
+    state = train.build_state(None, meta, run)
+    sizes = train.gradient_accumulation_steps, train.batch_size, train.block_size
+    batches = TimedBatches(tokens, *sizes, train.seed, run)
+    batches.waits = []
+    model = runtime.wrap(state.model, run)
+    attempt = partial(train.try_step, model, state, batches, run)
+    run = runtime.compile_model(state.model, run, attempt)
+
+    def step(index):
+        train.train_step(model, state, batches, index, run)
+
+    return step, state.model, batches.waits
+
+
+@contextmanager
+def plain_functions():
+    """Put PyTorch's own functions in the places of those in fast.py."""
+    dropout = mock.patch.object(fast.Dropout, "forward", torch.nn.Dropout.forward)
+    with dropout, mock.patch.object(fast, "attend", F.scaled_dot_product_attention):
+        yield
+
+
 def nanogpts_step(tokens, meta, run):
-    """Return a function that makes a step the way nanoGPT does, on a model of its own.
+    """Return a function that makes a step the way nanoGPT does, its model, and no waits.
 
     All logits at once, sequences cut one by one, AdamW fused only on CUDA; there in bfloat16 and
     compiled, elsewhere in float32 and eager.
@@ -55,7 +100,7 @@ def nanogpts_step(tokens, meta, run):
     model, cuda = train.build_model(None, meta, run), run.device.type == "cuda"
     ours = model.configure_optimizers(train.weight_decay, train.learning_rate, (0.9, 0.95), "cpu")
     optimizer = torch.optim.AdamW(ours.param_groups, fused=cuda)
-    micro_steps = train.gradient_accumulation_steps // run.world_size
+    micro_steps = train.gradient_accumulation_steps
 
     def cut():
         starts = torch.randint(len(tokens.ids) - train.block_size, (train.batch_size,)).tolist()
@@ -72,7 +117,7 @@ def nanogpts_step(tokens, meta, run):
 
     def step(index):
         for _ in range(micro_steps):
-            with torch.autocast(run.device.type, torch.bfloat16, enabled=cuda):
+            with torch.autocast(run.device.type, torch.bfloat16, enabled=cuda), plain_functions():
                 loss = loss_of(*cut()) / micro_steps
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or math.inf)
@@ -80,7 +125,10 @@ def nanogpts_step(tokens, meta, run):
         optimizer.zero_grad(set_to_none=True)
         loss.item()  # for the log
 
-    return step
+    return step, model, []
+
+
+# --- measuring -----------------------------------------------------------------------------------
 
 
 def time_steps(step, run, seconds):
@@ -92,8 +140,8 @@ def time_steps(step, run, seconds):
     step(0)
     times, index, lap = [], 1, 1
     # Ranks have clocks of their own and must agree when to stop: the slowest counts.
-    while not times or (index < steps and run.reduce("max", run.now() - began) < seconds):
-        lap_began = run.now()
+    while not times or (index <= steps and run.reduce("max", run.now() - began) < seconds):
+        lap, lap_began = min(lap, steps + 1 - index), run.now()
         for _ in range(lap):
             step(index)
             index += 1
@@ -119,56 +167,101 @@ def write_profile(step, run):
         for index in range(3):
             step(index)
         run.now()
-    profiler.export_chrome_trace("trace.json")
+    if run.rank == 0:
+        profiler.export_chrome_trace("trace.json")
     order = "self_cuda_time_total" if run.device.type == "cuda" else "self_cpu_time_total"
     run.say(profiler.key_averages().table(sort_by=order, row_limit=15))
     run.say("trace.json holds the whole of it")
 
 
+def report(name, times, model, run):
+    """Print how fast the way `name` makes a step, from its times; return their median."""
+    sizes = train.gradient_accumulation_steps, train.batch_size, train.block_size
+    median, tokens = statistics.median(times), math.prod(sizes)
+    spread = f"{min(times) * 1000:.2f} to {max(times) * 1000:.2f} in {len(times)} laps"
+    shape = " x ".join(map(str, sizes))
+    run.say(f"{name}: {shape} tokens, median {median * 1000:.2f} ms ({spread})")
+    mfu = model.estimate_mfu(tokens / run.world_size, median, run.peak_flops())
+    known = f"mfu {mfu:.2%}" if mfu else "mfu unknown: no peak for this device"
+    rate = f"{model.flops_per_token() * tokens / median / 1e12:.2f} TFLOP/s"
+    run.say(f"  {tokens / median:,.0f} tokens/s, {rate}, {known}")
+    return median
+
+
+def check_settings(run):
+    train.check_settings(run.world_size)
+    if baseline not in (True, False, "only"):
+        raise ValueError(f"baseline={baseline}: choose True, False or only")
+    if (baseline or new_tokens) and run.world_size > 1:
+        raise ValueError("--baseline and --new_tokens time single processes; leave torchrun out")
+    if min(new_tokens, num_samples - 1) < 0:
+        raise ValueError(f"new_tokens={new_tokens}, num_samples={num_samples}: too few")
+    if train.init_from == "resume":
+        raise ValueError("bench.py times a new model; leave --init_from=resume out")
+
+
+def measure_training(tokens, meta, run):
+    """Time steps, each way in turn, and print what came of it."""
+    ways = {"step": our_step} if baseline != "only" else {}
+    ways |= {"nanoGPT's way": nanogpts_step} if baseline else {}
+    made = {name: make(tokens, meta, run) for name, make in ways.items()}
+    step, model, waits = next(iter(made.values()))
+    describe(model, run)
+    rounds, times = 3 if baseline is True else 1, {name: [] for name in ways}
+    for _ in range(rounds):
+        for name in ways:
+            times[name] += time_steps(made[name][0], run, seconds / rounds)
+    medians = [report(name, times[name], model, run) for name in ways]
+    if waits:
+        run.say(f"waiting for data: {statistics.fmean(waits) / medians[0]:.2%} of a step")
+    if baseline is True:
+        run.say(f"nanoGPT's way takes {medians[1] / medians[0]:.2f} times as long")
+    if profile:
+        write_profile(step, run)
+
+
+def measure_sampling(meta, run):
+    """Time the tokens that a new model draws; nanoGPT has no cache and draws samples in turn."""
+    model, rates = train.build_model(None, meta, run).cast_matrices(run.dtype), []
+    run = runtime.compile_model(model, run, lambda: model.generate(torch.zeros(1, 1).long(), 3))
+    ways = {"sampling": (num_samples, True)} if baseline != "only" else {}
+    ways |= {"nanoGPT's way": (1, False)} if baseline else {}
+    describe(model, run)
+    for name, (count, use_cache) in ways.items():
+        idx = torch.zeros(count, 1, dtype=torch.long, device=run.device)
+        with run.autocast():
+            model.generate(idx, 2, use_cache=use_cache)
+            moments = [run.now()]
+            for _ in model.stream(idx, new_tokens, temperature=0.8, top_k=200, use_cache=use_cache):
+                moments.append(run.now())
+        ends = [moments[new_tokens * quarter // 4] for quarter in range(5)]
+        quarters = [count * new_tokens / 4 / (end - begin) for begin, end in pairwise(ends)]
+        rates.append(count * new_tokens / (moments[-1] - moments[0]))
+        run.say(f"{name}: {count} x {new_tokens} tokens, {rates[-1]:,.1f} tokens/s", end="")
+        run.say(f" (by quarters {', '.join(f'{rate:,.1f}' for rate in quarters)})")
+    if baseline is True:
+        run.say(f"nanoGPT's way takes {rates[0] / rates[1]:.2f} times as long")
+
+
+def describe(model, run):
+    millions, megaflops = model.get_num_params() / 1e6, model.flops_per_token() / 1e6
+    run.say(f"model: {millions:.2f}M parameters, {megaflops:,.0f} MFLOPs per token")
+
+
 @runtime.one_line_errors()
 def main(config):
     run = runtime.start(train.device, train.dtype, train.compile, train.backend, train.timeout)
-    train.check_settings(run.world_size)
-    if baseline and run.world_size > 1:
-        raise ValueError("--baseline=True compares single processes; leave torchrun out")
-    if train.init_from == "resume":
-        raise ValueError("bench.py times a new model; leave --init_from=resume out")
+    check_settings(run)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch:
         tokens, meta = load_tokens(scratch)
-    state = train.build_state(None, meta, run)
-    sizes = train.gradient_accumulation_steps, train.batch_size, train.block_size
-    batches = Batches(tokens, *sizes, train.seed, run)
     run.say(f"hardware: {run.about}")
-    run.say(f"data: {tokens.path.name if tokens.path.name == 'random.bin' else tokens.path}")
-    flops = state.model.flops_per_token()
-    millions = state.model.get_num_params() / 1e6
-    run.say(f"model: {millions:.2f}M parameters, {flops / 1e6:,.0f} MFLOPs per token")
-    model = runtime.wrap(state.model, run)
-    attempt = partial(train.try_step, model, state, batches, run)
-    run = runtime.compile_model(state.model, run, attempt)
-
-    def step(index):
-        train.train_step(model, state, batches, index, run)
-
-    rounds, times, theirs = 3 if baseline else 1, [], []
-    their_step = nanogpts_step(tokens, meta, run) if baseline else None
-    for _ in range(rounds):
-        times += time_steps(step, run, seconds / rounds)
-        theirs += time_steps(their_step, run, seconds / rounds) if baseline else []
-    median, per_step = statistics.median(times), math.prod(sizes)
-    shape = " x ".join(map(str, sizes))
-    spread = f"{min(times) * 1000:.2f} to {max(times) * 1000:.2f} in {len(times)} laps"
-    run.say(f"step: {shape} tokens, median {median * 1000:.2f} ms ({spread})")
-    mfu = state.model.estimate_mfu(per_step / run.world_size, median, run.peak_flops())
-    known = f"mfu {mfu:.2%}" if mfu else "mfu unknown: no peak for this device"
-    rate = f"{flops * per_step / median / 1e12:.2f} TFLOP/s"
-    run.say(f"speed: {per_step / median:,.0f} tokens/s, {rate}, {known}")
-    if baseline:
-        other = statistics.median(theirs)
-        run.say(f"nanoGPT's way: median {other * 1000:.2f} ms, {other / median:.2f} times as long")
-    run.say(f"peak memory: {peak_memory(run) / 2**30:.2f} GiB")
-    if profile:
-        write_profile(step, run)
+    if new_tokens:
+        measure_sampling(meta, run)
+    else:
+        run.say(f"data: {'random tokens' if tokens.path.name == 'random.bin' else tokens.path}")
+        measure_training(tokens, meta, run)
+    both = " of both" if baseline is True else ""
+    run.say(f"peak memory: {peak_memory(run) / 2**30:.2f} GiB{both}")
 
 
 if __name__ == "__main__":

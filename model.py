@@ -248,9 +248,16 @@ class GPT(nn.Module):
 
     # --- generation ------------------------------------------------------------------------------
 
+    def cast_matrices(self, dtype):
+        """Hold the matrices in `dtype`, so that less is read for each token; return self."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                module.to(dtype)
+        return self
+
     def make_cache(self, batch_size, capacity):
         """Return room for the keys and values of `capacity` tokens, (L, 2, B, H, capacity, D)."""
-        config, weight = self.config, self.lm_head.weight
+        config, weight = self.config, self.transformer.wpe.weight
         heads = config.n_head, capacity, config.n_embd // config.n_head
         autocast = torch.is_autocast_enabled(weight.device.type)
         dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype

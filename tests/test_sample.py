@@ -10,6 +10,7 @@ import bench
 import model
 import sample
 import train
+from data.tokens import char_meta, write_dataset
 
 
 @pytest.fixture
@@ -103,12 +104,35 @@ def test_sampling_leaves_the_optimizer_state_on_the_disk(trained, tiny, monkeypa
 
 def test_the_benchmark_times_the_real_step(launch, tiny, monkeypatch):
     steps, step = [], train.train_step
-    monkeypatch.setattr(train, "train_step", lambda *a: (steps.append(a[4]), step(*a))[1])
+    monkeypatch.setattr(train, "train_step", lambda *a: (steps.append(a[3]), step(*a))[1])
     monkeypatch.setattr(bench, "ROOT", tiny)
     out = launch(bench, *TINY, "--steps=5", "--seconds=5", "--profile=True")
-    assert f"data: {tiny}/data/tiny/train.bin" in out and len(steps) >= 5
-    for start in ("hardware: 1 x cpu", "model: 0.03M", "step: 1 x 4 x 16 tokens, median ", "speed"):
+    assert f"data: {tiny}/data/tiny/train.bin" in out
+    assert steps == [0, 1, 2, 3, 4, 5, 0, 1, 2]  # one to warm up, five, three for the profile
+    for start in ("hardware: 1 x cpu", "model: 0.03M", "step: 1 x 4 x 16 tokens, ", "waiting for"):
         assert sum(line.startswith(start) for line in out.splitlines()) == 1
     assert json.loads((tiny / "trace.json").read_text())["traceEvents"]
     out = launch(bench, *TINY, "--dataset=no", "--steps=1", "--seconds=0")
-    assert "data: random.bin" in out and not (tiny / "out").exists()
+    assert "data: random tokens" in out and not (tiny / "out").exists()
+
+
+def test_the_benchmark_compares_with_nanogpts_way(launch, tiny):
+    out = launch(bench, *TINY, "--steps=2", "--dropout=0.2", "--baseline=True")
+    assert out.count("tokens, median") == 2 and "nanoGPT's way takes " in out
+    out = launch(bench, *TINY, "--steps=2", "--baseline=only")
+    assert out.count("tokens, median") == 1 and "nanoGPT's way: 1 x 4 x 16 tokens" in out
+    out = launch(bench, *TINY, "--new_tokens=20", "--num_samples=3", "--baseline=True")
+    assert "sampling: 3 x 20 tokens" in out and "nanoGPT's way: 1 x 20 tokens" in out
+
+
+def test_nanogpts_way_makes_the_same_update(launch, tiny, monkeypatch):
+    ids = [n % 7 for n in range(17)]  # one window: both read the same tokens
+    write_dataset(tiny / "data" / "tiny", char_meta("abcdefg"), train=[ids], val=[ids])
+    built, build = [], train.build_model
+    monkeypatch.setattr(train, "build_model", lambda *a: (built.append(build(*a)), built[-1])[1])
+    monkeypatch.setattr(bench, "ROOT", tiny)
+    launch(bench, *TINY, "--steps=1", "--seconds=0", "--baseline=True", "--decay_lr=False")
+    assert len(built) == 2
+    ours, theirs = (dict(model.named_parameters()) for model in built)
+    for name, weight in ours.items():
+        torch.testing.assert_close(theirs[name], weight, atol=1e-4, rtol=1e-3)
