@@ -13,7 +13,7 @@ import statistics
 import sys
 import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -86,8 +86,11 @@ def our_step(tokens, meta, run):
 @contextmanager
 def plain_functions():
     """Put PyTorch's own functions in the places of those in fast.py."""
-    dropout = mock.patch.object(fast.Dropout, "forward", torch.nn.Dropout.forward)
-    with dropout, mock.patch.object(fast, "attend", F.scaled_dot_product_attention):
+    with (
+        mock.patch.object(fast.Dropout, "forward", torch.nn.Dropout.forward),
+        mock.patch.object(fast.Linear, "forward", torch.nn.Linear.forward),
+        mock.patch.object(fast, "attend", F.scaled_dot_product_attention),
+    ):
         yield
 
 
@@ -229,7 +232,7 @@ def measure_sampling(meta, run):
     describe(model, run)
     for name, (count, use_cache) in ways.items():
         idx = torch.zeros(count, 1, dtype=torch.long, device=run.device)
-        with run.autocast():
+        with run.autocast(), nullcontext() if use_cache else plain_functions():
             model.generate(idx, 2, use_cache=use_cache)
             moments = [run.now()]
             for _ in model.stream(idx, new_tokens, temperature=0.8, top_k=200, use_cache=use_cache):

@@ -50,8 +50,8 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.c_attn = fast.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
+        self.c_proj = fast.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = fast.Dropout(config.dropout)
 
     def forward(self, x, cache=None, past=0):
@@ -71,7 +71,7 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = fast.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh" if config.gelu_tanh else "none")
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = fast.Dropout(config.dropout)
@@ -108,7 +108,7 @@ class GPT(nn.Module):
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )
-        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = fast.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
         self.apply(self.init_weights)
         for name, parameter in self.named_parameters():
@@ -148,10 +148,7 @@ class GPT(nn.Module):
         x = self.hidden(idx, cache, past)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        autocast = torch.is_autocast_enabled(x.device.type)
-        dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-        rows = x.flatten(0, 1), self.lm_head.weight, targets.flatten()
-        return None, fast.HeadLoss.apply(*rows, dtype, torch.is_grad_enabled())
+        return None, fast.head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
 
     # --- sizes -----------------------------------------------------------------------------------
 

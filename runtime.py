@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.checkpoint import checkpoint
@@ -42,6 +43,13 @@ class Run:
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    def seed(self, *key):
+        """Seed what dropout draws from; torch.manual_seed() takes its time for other devices."""
+        number = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+        torch.default_generator.manual_seed(number)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(number)
 
     def reduce(self, op, number):
         """Return the "sum", "min" or "max" of a number over all ranks. Every rank must call it."""

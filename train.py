@@ -223,8 +223,7 @@ def train_step(model, state, batches, step, run):
     The batches are a function of (seed, step), dropout is one of (seed, step, rank). Without a
     finite gradient there is no update; state.bad_steps counts such steps in a row.
     """
-    key = np.random.SeedSequence([seed, step, run.rank])
-    torch.manual_seed(int(key.generate_state(1, np.uint64)[0]))
+    run.seed(seed, step, run.rank)
     optimizer, scaler = state.optimizer, state.scaler
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step)

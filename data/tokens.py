@@ -101,7 +101,8 @@ class TokenFile:
     def limit(self, vocab_size):
         """Require every id to be below `vocab_size`: now in a small file, else batch by batch."""
         self.vocab_size = vocab_size
-        self.check(self.ids if self.ids.nbytes <= SCAN_BYTES else self.ids[:1])
+        self.large = self.ids.nbytes > SCAN_BYTES
+        self.check(self.ids[:1] if self.large else self.ids)
 
     def check(self, ids):
         if ids.max() >= self.vocab_size:
@@ -114,7 +115,7 @@ class TokenFile:
         """
         windows = np.lib.stride_tricks.sliding_window_view(self.ids, length)[starts]
         self.check(windows)
-        if hasattr(mmap, "MADV_DONTNEED"):  # else every page ever read counts as our memory
+        if self.large and hasattr(mmap, "MADV_DONTNEED"):  # else all pages count as our memory
             self.mapping.madvise(mmap.MADV_DONTNEED)
         return torch.from_numpy(windows.view(f"<i{windows.itemsize}"))
 

@@ -102,3 +102,16 @@ def test_attention_with_dropout_drops_weights_and_keeps_their_mean(dtype):
     found, plain = (torch.autograd.grad((y * weights).sum(), inputs) for y in (found, plain))
     for mine, theirs in zip(found, plain, strict=True):
         torch.testing.assert_close(mine, theirs, **bound)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 1), (10, 1), (1, 48), (3, 16), (49,), (8,)])
+def test_a_linear_layer_of_few_rows_equals_the_plain_one(shape, bias):
+    layer, x = fast.Linear(32, 96, bias), torch.randn(*shape, 32)
+    plain = F.linear(x, layer.weight, layer.bias)
+    with torch.inference_mode():
+        found = layer(x)
+        assert found.is_contiguous() and found.shape == plain.shape
+        torch.testing.assert_close(found, plain.detach())
+    layer(x).sum().backward()
+    assert layer.weight.grad is not None
