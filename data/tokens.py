@@ -9,6 +9,7 @@ import mmap
 import os
 import pickle
 import unicodedata
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 
@@ -178,7 +179,7 @@ class CharTokenizer:
         return [self.stoi[character] for character in text]
 
     def encode_corpus(self, texts):
-        return [self.encode(text) for text in texts]
+        return map(self.encode, texts)
 
     def decode_bytes(self, ids):
         return "".join(self.itos[i] for i in ids).encode()
@@ -201,8 +202,17 @@ class BPETokenizer:
     def encode(self, text):
         return self.encoding.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=())
 
-    def encode_corpus(self, texts):  # on all cores; special tokens are plain text here
-        return self.encoding.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+    def encode_corpus(self, texts, threads=None):
+        """Yield an array of ids for each text, made on all cores; special tokens are plain text."""
+        encode, cores = self.encoding.encode_to_numpy, threads or os.cpu_count()
+        with ThreadPoolExecutor(cores) as pool:
+            waiting = deque()
+            for text in texts:
+                waiting.append(pool.submit(encode, text, disallowed_special=()))
+                if len(waiting) > 4 * cores:  # however large the corpus
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
 
     def decode_bytes(self, ids):
         try:

@@ -7,7 +7,6 @@ Needs `pip install -e '.[openwebtext]'`, 55 GB for the download and 18 GB for th
 end-of-text token follows each document. Split and order of documents are nanoGPT's.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -26,7 +25,7 @@ num_proc: int | None = None   # threads that encode; None: one per core
 FOLDER = Path(__file__).resolve().parent
 HUB = "hf://datasets/Skylion007/openwebtext@refs/convert/parquet/plain_text/*/*.parquet"
 DOCUMENTS = 8_013_769  # in the whole corpus; the hub also delivers partial conversions
-BATCH = 1000  # documents encoded at once, which bounds the memory
+BATCH = 1000  # documents read at once
 
 
 def load_documents():
@@ -59,27 +58,31 @@ def load_documents():
     return documents if limit is None else documents.select(range(min(limit, len(documents))))
 
 
-def encoded(documents, name, encoding):
-    """Yield the ids of each document, with end-of-text, under a progress bar."""
-    threads = num_proc or os.cpu_count()
-    with tqdm(total=len(documents), desc=name, unit=" documents", smoothing=0.05) as progress:
+def encoded(documents, name, tokenizer):
+    """Yield the ids of each document, and end-of-text after it, under a progress bar."""
+
+    def texts():
         for batch in documents.iter(BATCH):
             if None in batch["text"]:
                 raise ValueError(f"{input or HUB} has a document without text")
-            for ids in encoding.encode_ordinary_batch(batch["text"], num_threads=threads):
-                yield [*ids, encoding.eot_token]
-            progress.update(len(batch["text"]))
+            yield from batch["text"]
+
+    with tqdm(total=len(documents), desc=name, unit=" documents", smoothing=0.05) as progress:
+        for ids in tokenizer.encode_corpus(texts(), num_proc):
+            yield ids
+            yield [tokenizer.eot]
+            progress.update()
 
 
 @one_line_errors()
 def main(config):
-    encoding = BPETokenizer(GPT2).encoding  # first: without its files all the rest is for nothing
+    tokenizer = BPETokenizer(GPT2)  # first: without its files all the rest is for nothing
     documents = load_documents()
     if len(documents) < 2:
         raise ValueError(f"{len(documents)} documents cannot be split; give at least 2")
     split = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     parts = {"train": split["train"], "val": split["test"]}
-    write_dataset(FOLDER, GPT2, **{k: encoded(parts[k], k, encoding) for k in parts})
+    write_dataset(FOLDER, GPT2, **{k: encoded(parts[k], k, tokenizer) for k in parts})
 
 
 if __name__ == "__main__":

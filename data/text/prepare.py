@@ -4,13 +4,13 @@
     python data/text/prepare.py --input=novels/ --dataset=novels --tokenizer=gpt2
     python train.py config/train_shakespeare_char.py --dataset=notes --out_dir=out-notes
 
-Characters suit a small model trained from scratch; gpt2 suits finetuning and gigabytes. The text is
-streamed, so it may be larger than memory. The end of it, a tenth, validates.
+Characters suit a small model trained from scratch; gpt2 suits finetuning and gigabytes. It may be
+larger than memory. The end of it, a tenth, validates.
 """
 
-import itertools
 import re
 import sys
+from collections import deque
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,8 +26,7 @@ val_fraction = 0.1        # share of the characters, at the end, that validates
 
 DATA = Path(__file__).resolve().parents[1]
 PIECE = 2**20  # characters read at once
-# A text may be cut between a lone newline and a letter or digit without changing its tokens: no
-# pattern of tiktoken's lets a token go on from a newline to those.
+# Between a lone newline and a letter or digit: there no pattern of tiktoken's lets a token go on.
 CUT = re.compile(r"(?<=\S\n)(?=[^\W_])")
 
 
@@ -37,11 +36,12 @@ def pieces(paths):
         rest = ""
         with open(path, encoding="utf-8") as file:
             while text := file.read(PIECE):
-                rest += text
-                cuts = [cut.start() for cut in CUT.finditer(rest, len(rest) - len(text))]
-                if cuts:
-                    yield rest[: cuts[-1]], False
-                    rest = rest[cuts[-1] :]
+                rest, first, at = rest + text, max(0, len(rest) - 1), None
+                while (at := rest.rfind("\n", first, at)) >= 0 and not CUT.match(rest, at + 1):
+                    pass
+                if at >= 0:
+                    yield rest[: at + 1], False
+                    rest = rest[at + 1 :]
         yield rest, True
 
 
@@ -50,27 +50,28 @@ def encoded(paths, encoder, start, end):
 
     Where there are several files and the encoder knows an end-of-text token, it follows each.
     """
-    position, stream = 0, pieces(paths)
-    while batch := list(itertools.islice(stream, 16)):  # enough to keep the cores busy
-        parts, ends = [], []
-        for text, last in batch:
-            parts.append(text[max(0, start - position) : max(0, end - position)])
-            position += len(text)
+    ends = deque()  # for each part, whether that token follows
+
+    def parts(position=0):
+        for text, last in pieces(paths):
+            begin, position = position, position + len(text)
             ends.append(last and len(paths) > 1 and start < position <= end)
-        for ids, ended in zip(encoder.encode_corpus(parts), ends, strict=True):
-            yield ids
-            if ended and encoder.eot is not None:
-                yield [encoder.eot]
+            yield text[max(0, start - begin) : max(0, end - begin)]
+
+    for ids in encoder.encode_corpus(parts()):
+        yield ids
+        if ends.popleft() and encoder.eot is not None:
+            yield [encoder.eot]
 
 
 def read_through(paths):
-    """Return the number of characters in the files, and the set of them."""
+    """Return the number of characters in the files, and the set of them if they are the tokens."""
     count, characters = 0, set()
     for path in paths:
         try:
             for text, _ in pieces([path]):
                 count += len(text)
-                characters |= set(text)
+                characters |= set(text) if tokenizer == "char" else set()
         except UnicodeDecodeError as fault:
             raise ValueError(f"{path} is not UTF-8 text: {fault}") from None
     return count, characters
@@ -85,11 +86,10 @@ def main(config):
     if folder.resolve().parent != DATA or (folder / "prepare.py").exists():
         raise ValueError(f"--dataset={dataset}: give a new name, of a folder to be made in {DATA}")
     count, characters = read_through(paths)
-    print(f"{len(paths)} files, {count:,} characters, {len(characters):,} different ones")
+    print(f"{len(paths)} files, {count:,} characters")
     meta = char_meta(characters) if tokenizer == "char" else {**GPT2, "tokenizer": tokenizer}
     encoder, cut = make_tokenizer(meta), int((1 - val_fraction) * count)
-    if tokenizer not in ("char", "gpt2"):
-        meta["vocab_size"] = encoder.vocab_size
+    meta["vocab_size"] = GPT2["vocab_size"] if tokenizer == "gpt2" else encoder.vocab_size
     if not 0 < cut < count:
         raise ValueError(f"val_fraction={val_fraction} of {count} characters leaves a split empty")
     splits = {"train": (0, cut), "val": (cut, count)}
