@@ -131,7 +131,7 @@ def test_nanogpts_way_makes_the_same_update(launch, tiny, monkeypatch):
     built, build = [], train.build_model
     monkeypatch.setattr(train, "build_model", lambda *a: (built.append(build(*a)), built[-1])[1])
     monkeypatch.setattr(bench, "ROOT", tiny)
-    launch(bench, *TINY, "--steps=1", "--seconds=0", "--baseline=True", "--decay_lr=False")
+    launch(bench, *TINY, "--steps=1", "--seconds=0", "--baseline=True")
     assert len(built) == 2
     ours, theirs = (dict(model.named_parameters()) for model in built)
     for name, weight in ours.items():
