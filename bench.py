@@ -134,13 +134,14 @@ def nanogpts_step(tokens, meta, run):
 # --- measuring -----------------------------------------------------------------------------------
 
 
-def time_steps(step, run, seconds):
-    """Return seconds per step of step(1), step(2), ..., by laps; step(0) warms up.
+def time_steps(step, run, seconds, warm):
+    """Return seconds per step of step(1), step(2), ..., by laps; unless `warm`, after step(0).
 
     Laps are of up to 10 steps, as between log lines, so that waiting for the device costs little.
     """
     began = run.now()
-    step(0)
+    if not warm:
+        step(0)
     times, index, lap = [], 1, 1
     # Ranks have clocks of their own and must agree when to stop: the slowest counts.
     while not times or (index <= steps and run.reduce("max", run.now() - began) < seconds):
@@ -213,7 +214,7 @@ def measure_training(tokens, meta, run):
     rounds, times = 3 if baseline is True else 1, {name: [] for name in ways}
     for _ in range(rounds):
         for name in ways:
-            times[name] += time_steps(made[name][0], run, seconds / rounds)
+            times[name] += time_steps(made[name][0], run, seconds / rounds, warm=times[name])
     medians = [report(name, times[name], model, run) for name in ways]
     if waits:
         run.say(f"waiting for data: {statistics.fmean(waits) / medians[0]:.2%} of a step")

@@ -10,6 +10,7 @@ import bench
 import model
 import sample
 import train
+from assets import growth
 from data.tokens import char_meta, write_dataset
 
 
@@ -136,3 +137,11 @@ def test_nanogpts_way_makes_the_same_update(launch, tiny, monkeypatch):
     ours, theirs = (dict(model.named_parameters()) for model in built)
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_the_growth_script_understands_the_benchmark():
+    small = "--dataset=none", "--n_layer=1", "--n_embd=8", "--block_size=16", "--seconds=0"
+    for options in (small, (*small, "--new_tokens=8")):
+        seconds, memory = growth.measure(*options)
+        assert 0 < seconds < 60 and 0.1 < memory < 4
