@@ -277,6 +277,7 @@ class GPT(nn.Module):
         """
         self.eval()
         block_size, context = self.config.block_size, idx[:, -self.config.block_size :]
+        context = context.clone()  # in inference mode, like all after it: else compiled twice
         capacity = min(block_size, context.size(1) + max_new_tokens)
         cache, past = self.make_cache(len(idx), capacity) if use_cache else None, 0
         done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)

@@ -102,7 +102,7 @@ def main(config):
     samples = [Sample(tokenizer.decode_bytes(prompt) if start else b"") for _ in range(num_samples)]
     draws = [torch.Generator().manual_seed(seed % 2**39 * 2**24 + k) for k in range(num_samples)]
     more = {"vocab_size": tokenizer.vocab_size, "generators": draws}
-    runtime.compile_model(model.cast_matrices(run.dtype), run, lambda: model.generate(idx, 2))
+    runtime.compile_model(model.cast_matrices(run.dtype), run, lambda: model.generate(idx, 3))
     with run.autocast():
         for drawn in model.stream(idx, max_new_tokens, temperature, top_k, top_p, **more):
             for sample, [token] in zip(samples, drawn.tolist(), strict=True):
