@@ -198,8 +198,9 @@ def check_settings(run):
         raise ValueError(f"baseline={baseline}: choose True, False or only")
     if (baseline or new_tokens) and run.world_size > 1:
         raise ValueError("--baseline and --new_tokens time single processes; leave torchrun out")
-    if min(new_tokens, num_samples - 1) < 0:
-        raise ValueError(f"new_tokens={new_tokens}, num_samples={num_samples}: too few")
+    if num_samples < 1 or new_tokens and new_tokens < 4:
+        few = f"new_tokens={new_tokens}, num_samples={num_samples}"
+        raise ValueError(f"{few}: draw 0 or at least 4 tokens, for at least 1 sample")
     if train.init_from == "resume":
         raise ValueError("bench.py times a new model; leave --init_from=resume out")
 
@@ -227,14 +228,15 @@ def measure_training(tokens, meta, run):
 def measure_sampling(meta, run):
     """Time the tokens that a new model draws; nanoGPT has no cache and draws samples in turn."""
     model, rates = train.build_model(None, meta, run).cast_matrices(run.dtype), []
-    run = runtime.compile_model(model, run, lambda: model.generate(torch.zeros(1, 1).long(), 3))
+    prompts = torch.zeros(num_samples, 1, dtype=torch.long, device=run.device)
+    run = runtime.compile_model(model, run, lambda: model.generate(prompts, 3))
     ways = {"sampling": (num_samples, True)} if baseline != "only" else {}
     ways |= {"nanoGPT's way": (1, False)} if baseline else {}
     describe(model, run)
     for name, (count, use_cache) in ways.items():
-        idx = torch.zeros(count, 1, dtype=torch.long, device=run.device)
+        idx = prompts[:count]
         with run.autocast(), nullcontext() if use_cache else plain_functions():
-            model.generate(idx, 2, use_cache=use_cache)
+            model.generate(idx, 3, use_cache=use_cache)
             moments = [run.now()]
             for _ in model.stream(idx, new_tokens, temperature=0.8, top_k=200, use_cache=use_cache):
                 moments.append(run.now())

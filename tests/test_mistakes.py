@@ -15,6 +15,7 @@ import pytest
 import torch
 from conftest import ROOT, TEXT, TINY
 
+import bench
 import sample
 import train
 from data.tokens import char_meta, read_meta
@@ -418,6 +419,21 @@ PROMPT = "the prompt cannot be read as UTF-8 text: "
 def test_a_wrong_prompt_or_choice_of_tokens(launch, arguments, line):
     put("latin1.txt", "Caf\u00e9".encode("latin-1"))
     refused(launch, sample, ["--out_dir=run", "--device=cpu", *arguments], line)
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--baseline=both"], "baseline=both: choose True, False or only"),
+        (["--new_tokens=-1"], "new_tokens=-1, num_samples=1: draw 0 or at least 4 tokens..."),
+        (["--new_tokens=3"], "new_tokens=3, num_samples=1: draw 0 or at least 4 tokens..."),
+        (["--new_tokens=9", "--num_samples=0"], "new_tokens=9, num_samples=0: draw 0 or..."),
+        (["--init_from=resume"], "bench.py times a new model; leave --init_from=resume out"),
+        (["--n_head=0"], "n_head=0 must be at least 1"),
+    ],
+)
+def test_a_wrong_benchmark(launch, arguments, line):
+    refused(launch, bench, [*TINY, *arguments], line)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 8, reason="has the device that is missing here")
