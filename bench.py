@@ -30,7 +30,7 @@ from configurator import configure
 from data.tokens import GPT2, Batches, TokenFile, read_meta
 
 # Benchmark
-steps = 100                         # steps to measure at most
+steps = 100                         # steps to measure at most, in each turn
 seconds = 60.0                      # time to take them in; one is measured in any case
 real_data = True                    # the dataset, where it is prepared; False: random tokens
 baseline: bool | str = False        # True: nanoGPT's way of it too, in turn; "only": without ours
@@ -98,11 +98,13 @@ def nanogpts_step(tokens, meta, run):
     """Return a function that makes a step the way nanoGPT does, its model, and no waits.
 
     All logits at once, sequences cut one by one, AdamW fused only on CUDA; there in bfloat16 and
-    compiled, elsewhere in float32 and eager.
+    compiled if ours is, elsewhere in float32 and eager.
     """
     model, cuda = train.build_model(None, meta, run), run.device.type == "cuda"
-    ours = model.configure_optimizers(train.weight_decay, train.learning_rate, (0.9, 0.95), "cpu")
-    optimizer = torch.optim.AdamW(ours.param_groups, fused=cuda)
+    rates = train.weight_decay, train.learning_rate, (train.beta1, train.beta2)
+    groups = model.configure_optimizers(*rates, "cpu").param_groups
+    groups = [{key: group[key] for key in ("params", "weight_decay")} for group in groups]
+    optimizer = torch.optim.AdamW(groups, lr=rates[1], betas=rates[2], fused=cuda)
     micro_steps = train.gradient_accumulation_steps
 
     def cut():
@@ -116,17 +118,19 @@ def nanogpts_step(tokens, meta, run):
         logits = model.lm_head(model.hidden(idx))
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=-1)
 
-    loss_of = torch.compile(loss_of) if cuda else loss_of
+    loss_of = torch.compile(loss_of) if cuda and run.compile else loss_of
+    batch = cut()
 
     def step(index):
+        nonlocal batch
         for _ in range(micro_steps):
             with torch.autocast(run.device.type, torch.bfloat16, enabled=cuda), plain_functions():
-                loss = loss_of(*cut()) / micro_steps
+                loss = loss_of(*batch) / micro_steps
+            batch = cut()  # while a GPU computes
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), train.grad_clip or math.inf)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()  # for the log
 
     return step, model, []
 
@@ -198,6 +202,10 @@ def check_settings(run):
         raise ValueError(f"baseline={baseline}: choose True, False or only")
     if (baseline or new_tokens) and run.world_size > 1:
         raise ValueError("--baseline and --new_tokens time single processes; leave torchrun out")
+    if steps < 1:
+        raise ValueError(f"steps={steps} must be at least 1")
+    if profile and new_tokens:
+        raise ValueError("--profile=True is for training steps; leave --new_tokens out")
     if num_samples < 1 or new_tokens and new_tokens < 4:
         few = f"new_tokens={new_tokens}, num_samples={num_samples}"
         raise ValueError(f"{few}: draw 0 or at least 4 tokens, for at least 1 sample")

@@ -73,7 +73,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = fast.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh" if config.gelu_tanh else "none")
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = fast.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.dropout = fast.Dropout(config.dropout)
 
     def forward(self, x):
@@ -246,7 +246,7 @@ class GPT(nn.Module):
     # --- generation ------------------------------------------------------------------------------
 
     def cast_matrices(self, dtype):
-        """Hold the matrices in `dtype`, so that less is read for each token; return self."""
+        """Hold the matrices, token table included, in `dtype`: less to read; return self."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 module.to(dtype)

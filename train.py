@@ -68,7 +68,7 @@ min_lr: float | None = None         # the lowest; None: a tenth of learning_rate
 seed = 1337                         # of the initial weights, the batches and dropout
 backend = "nccl"                    # of the process group on GPUs; CPUs use gloo
 fsdp = False                        # shard weights and optimizer over the processes
-activation_checkpointing = False    # keep less for the backward pass; a third more to compute
+activation_checkpointing = False    # keep less for the backward pass, compute blocks twice
 timeout = 600.0                     # seconds that processes wait for one another
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16 (scales the loss)
@@ -162,6 +162,8 @@ def build_state(checkpoint, meta, run):
     """Return the State that training starts from: a new one, or that of `checkpoint`."""
     model = build_model(checkpoint, meta, run)
     if activation_checkpointing:
+        if dropout and run.device.type == "mps":  # whose generator is not set back
+            raise ValueError("activation_checkpointing on mps needs --dropout=0")
         runtime.recompute(model.transformer.h)
     if fsdp and run.world_size > 1:
         runtime.shard(model, run)

@@ -11,6 +11,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
+
 ROOT = Path(__file__).resolve().parents[1]
 BASE = "--dataset=stdlib_char --n_layer=4 --n_head=4 --n_embd=256 --batch_size=2 --block_size=512"
 STEP = {
@@ -25,7 +27,7 @@ SAMPLING = [250, 500, 1000, 2000, 4000]  # new tokens
 def measure(*options):
     """Return seconds per step, or of all new tokens, and the peak memory in GiB of bench.py."""
     command = [sys.executable, ROOT / "bench.py", *BASE.split(), "--seconds=6", *options]
-    shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     [memory] = re.findall(r"peak memory: (.*) GiB", shown)
     if drawn := re.findall(r"sampling: 1 x (\d+) tokens, ([\d,.]+) tokens/s", shown):
         [(tokens, rate)] = drawn
@@ -36,8 +38,6 @@ def measure(*options):
 
 def draw(points):
     """Draw time above and memory below, a column per setting, with a straight line to compare."""
-    import matplotlib.pyplot as plt
-
     figure, axes = plt.subplots(2, len(points), figsize=(15, 5.5), layout="constrained")
     for column, (name, rows) in enumerate(points.items()):
         values = [value for value, _, _ in rows]
@@ -52,6 +52,8 @@ def draw(points):
 
 
 def main():
+    if not (ROOT / "data" / "stdlib_char" / "train.bin").exists():
+        raise SystemExit("error: first: python data/stdlib_char/prepare.py")
     points = {
         name: [(value, *measure(*sys.argv[1:], f"--{name}={value}")) for value in values]
         for name, values in STEP.items()

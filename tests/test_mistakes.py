@@ -425,6 +425,8 @@ def test_a_wrong_prompt_or_choice_of_tokens(launch, arguments, line):
     "arguments, line",
     [
         (["--baseline=both"], "baseline=both: choose True, False or only"),
+        (["--steps=0"], "steps=0 must be at least 1"),
+        (["--new_tokens=9", "--profile=True"], "--profile=True is for training steps; ..."),
         (["--new_tokens=-1"], "new_tokens=-1, num_samples=1: draw 0 or at least 4 tokens..."),
         (["--new_tokens=3"], "new_tokens=3, num_samples=1: draw 0 or at least 4 tokens..."),
         (["--new_tokens=9", "--num_samples=0"], "new_tokens=9, num_samples=0: draw 0 or..."),

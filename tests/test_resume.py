@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import TINY, assert_equal, load, log, losses
 
+import fast
 import train
 
 FULL = [*TINY, "--lr_decay_iters=8", "--dropout=0.2", "--gradient_accumulation_steps=2"]
@@ -24,6 +25,30 @@ def evaluations(folder):
 def assert_same_runs(left, right):
     assert_equal(load(f"{left}/ckpt.pt"), load(f"{right}/ckpt.pt"))
     assert losses(left) == losses(right) and list(losses(left)) == sorted(losses(left))
+
+
+@pytest.mark.parametrize("dtype, bound", [("float32", 1e-5), ("bfloat16", 1e-2)])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=slow)])
+def test_the_loss_in_parts_trains_alike(launch, tiny, monkeypatch, compiled, dtype, bound):
+    options = *FULL, f"--dtype={dtype}", f"--compile={compiled}", "--max_iters=4"
+    launch(train, *options, "--out_dir=plain")
+    monkeypatch.setattr(fast, "FEW_LOGITS", 0)
+    monkeypatch.setattr(fast, "LOGITS_AT_ONCE", 1000)
+    launch(train, *options, "--out_dir=parts")
+    assert losses("parts") == pytest.approx(losses("plain"), rel=bound)
+
+
+@slow
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_the_loss_in_parts_on_2_processes(finish, tiny, fsdp, compiled):
+    options = [*FULL, f"--fsdp={fsdp}", f"--compile={compiled}", "--max_iters=4"]
+    finish(*options, "--out_dir=plain", processes=2)
+    begin = "import runpy, fast; fast.FEW_LOGITS, fast.LOGITS_AT_ONCE = 0, 1000"
+    (tiny / "parts.py").write_text(f"{begin}\nrunpy.run_path('train.py', run_name='__main__')\n")
+    out = finish(*options, "--out_dir=parts", processes=2, script="parts.py")
+    assert "not compiled, which" not in out
+    assert losses("parts") == pytest.approx(losses("plain"), rel=1e-5)
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=slow)])

@@ -4,7 +4,7 @@
     python data/text/prepare.py --input=novels/ --dataset=novels --tokenizer=gpt2
     python train.py config/train_shakespeare_char.py --dataset=notes --out_dir=out-notes
 
-Characters suit a small model trained from scratch; gpt2 suits finetuning and gigabytes. It may be
+Characters suit a small model trained from scratch; gpt2 suits finetuning and gigabytes. Text may be
 larger than memory. The end of it, a tenth, validates.
 """
 
@@ -26,8 +26,7 @@ val_fraction = 0.1        # share of the characters, at the end, that validates
 
 DATA = Path(__file__).resolve().parents[1]
 PIECE = 2**20  # characters read at once
-# Between a lone newline and a letter or digit: there no pattern of tiktoken's lets a token go on.
-CUT = re.compile(r"(?<=\S\n)(?=[^\W_])")
+CUT = re.compile(r"(?<=\S\n)(?=[^\W_])")  # there no pattern of tiktoken's lets a token go on
 
 
 def pieces(paths):
@@ -48,11 +47,12 @@ def pieces(paths):
 def encoded(paths, encoder, start, end):
     """Yield the ids of the characters from `start` to `end` of all files, put end to end.
 
-    Where there are several files and the encoder knows an end-of-text token, it follows each.
+    Each of several files is followed by the end-of-text token, if the encoder has one.
     """
     ends = deque()  # for each part, whether that token follows
 
-    def parts(position=0):
+    def parts():
+        position = 0
         for text, last in pieces(paths):
             begin, position = position, position + len(text)
             ends.append(last and len(paths) > 1 and start < position <= end)
