@@ -2,7 +2,8 @@
 
 A script calls `configure(globals())`. Its settings are the lower-case names assigned before its
 first function, each with a type (its annotation, else that of its default) and a trailing comment,
-which `--help` shows. Config files are Python and run, but only settings are taken from them.
+which `--help` shows. Its table RANGES bounds numbers: name -> (least, limit), the limit excluded.
+Config files are Python and run, but only settings are taken from them.
 """
 
 import ast
@@ -16,81 +17,112 @@ from pathlib import Path
 
 Setting = namedtuple("Setting", "name kinds default comment section")  # kinds: ["int", "None"]
 BARE = object()  # the value of a flag by itself
+defaults = {}  # path of a script -> its globals as they were before the first configure()
+
+
+class Config(dict):
+    """The settings of a run, name to value; `flags` holds the names typed on the command line.
+
+    `settings` and `ranges` say what is allowed.
+    """
 
 
 def configure(namespace, *imported):
-    """Return all settings, name to value, after writing them into `namespace`, a script's globals.
+    """Return the Config of a script, its settings also written into `namespace`, its globals.
 
     `imported`: globals of further scripts whose settings this one takes too; where both name one,
     the default of `namespace` holds. The last argument wins. SystemExit has one line per fault.
     """
-    settings, speaks = {}, os.environ.get("LOCAL_RANK", "0") == "0"  # one process per machine
+    settings, ranges = {}, {}
     for space in (*imported, namespace):
-        settings |= read_settings(space["__file__"])
-    arguments, flags, faults = sys.argv[1:], set(), []
-    if {"--help", "-h"} & set(arguments):
-        raise SystemExit(print_help(namespace["__doc__"], settings.values()) if speaks else 0)
-    config = {name: setting.default for name, setting in settings.items()}
+        settings |= read_settings(space)
+        ranges |= space.get("RANGES", {})
+    config = Config({name: setting.default for name, setting in settings.items()})
+    config.settings, config.ranges, config.flags = settings, ranges, set()
+    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process per machine
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        if speaks:
+            print_help(namespace["__doc__"], settings.values())
+        raise SystemExit
+    faults = read_arguments(sys.argv[1:], namespace, config) or range_faults(config)
+    if faults:
+        raise SystemExit("\n".join(f"error: {fault}" for fault in faults) if speaks else 1)
+    for space in (namespace, *imported):
+        space |= {name: value for name, value in config.items() if name in space}
+    return config
+
+
+def read_arguments(arguments, namespace, config):
+    """Set in `config` what the arguments say, from left to right; return a line per fault."""
+    arguments, faults = list(arguments), []
     while arguments:
-        argument, text, place = arguments.pop(0), None, ""
+        argument, given, text, place = arguments.pop(0), {}, None, ""
         if argument.startswith("-"):
             name, equals, text = argument.removeprefix("--").partition("=")
             if not equals:  # --key value, or --eval_only by itself
                 text = arguments.pop(0) if arguments and arguments[0][:2] != "--" else None
             given = {name: BARE if text is None else parse(text)}
-            flags.add(name)
+            config.flags.add(name)
         else:
+            place = f"{argument}: "
             try:
-                given, place = read_file(argument, namespace, config), f"{argument}: "
+                given = read_file(argument, namespace, config)
             except ValueError as fault:
-                given, faults = {}, [*faults, f"error: {fault}"]
+                faults.append(str(fault))
         for name, value in given.items():
             try:
-                config[name] = convert(name, settings, value, text)
+                config[name] = convert(name, config.settings, value, text)
             except ValueError as fault:
-                faults.append(f"error: {place}{fault}")
-    if faults:
-        raise SystemExit("\n".join(faults) if speaks else 1)
-    for space in (namespace, *imported):
-        space |= {k: v for k, v in config.items() if k in space} | {"_flags": flags}
-    return config
+                faults.append(f"{place}{fault}")
+    return faults
 
 
-def restore(namespace, saved, config, keep):
-    """Turn `config` into that of a resumed run, in `namespace` too; return lines to print.
+def range_faults(config):
+    """Return a line for each number that is out of its range."""
+    return [
+        f"{name}={config[name]} must be at least {least} and below {limit}"
+        for name, (least, limit) in config.ranges.items()
+        if config[name] is not None and not least <= config[name] < limit
+    ]
 
-    Settings come from `saved`, but this command's flags and the names in `keep` stay as they are.
+
+def take_over(config, saved, keep):
+    """Turn `config` into that of a resumed run; return lines on what this command changes.
+
+    Settings come from the dict `saved`, but for this command's flags and the names in `keep`.
+    Raises ValueError where `saved` holds something of another type.
     """
-    lines, settings = [], read_settings(namespace["__file__"])
-    for name, setting in settings.items():
-        now, then = config[name], convert(name, settings, saved.get(name, config[name]), None)
-        if name in keep or now == then:
-            continue
-        if name in namespace["_flags"]:
-            lines.append(f"{name}: {then} -> {now}")
-        elif now != setting.default:
-            lines.append(f"{name}: stays {then}; only --{name}={now} changes it")
-        if name not in namespace["_flags"]:
-            config[name] = namespace[name] = then
+    lines = []
+    for name, setting in config.settings.items():
+        now = config[name]
+        then = convert(name, config.settings, saved.get(name, now), None)
+        if name not in keep and now != then:
+            if name in config.flags:
+                lines.append(f"{name}: {then} -> {now}")
+            else:
+                config[name] = then
+                if now != setting.default:
+                    lines.append(f"{name}: stays {then}; only --{name}={now} changes it")
     return lines
 
 
-def read_settings(path):
-    """Return {name: Setting} for the script at `path`, in the order of its source."""
-    source = Path(path).read_text(encoding="utf-8")
-    lines, settings, section = source.splitlines(), {}, ""
-    for node in ast.parse(source).body:
+def read_settings(namespace):
+    """Return {name: Setting} for a script with these globals, in the order of its source."""
+    values = defaults.setdefault(namespace["__file__"], dict(namespace))
+    lines = Path(namespace["__file__"]).read_text(encoding="utf-8").splitlines()
+    settings, section = {}, ""
+    for node in ast.parse("\n".join(lines)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             break
-        target = getattr(node, "target", None) or getattr(node, "targets", [None])[0]
-        if not isinstance(target, ast.Name) or not target.id.islower() or target.id[0] == "_":
+        name = getattr(getattr(node, "target", None) or getattr(node, "targets", [0])[0], "id", "")
+        if not name.islower() or name.startswith("_"):
             continue
-        default = eval(ast.unparse(node.value), {})  # a literal, or a product such as 5 * 8
-        kinds = ast.unparse(getattr(node, "annotation", None) or ast.Name(type(default).__name__))
         comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2].strip()
         if lines[node.lineno - 2].startswith("#"):
             section = lines[node.lineno - 2].strip("#- ")
-        settings[target.id] = Setting(target.id, kinds.split(" | "), default, comment, section)
+        annotation = getattr(node, "annotation", None) or ast.Name(type(values[name]).__name__)
+        kinds = ast.unparse(annotation).split(" | ")
+        settings[name] = Setting(name, kinds, values[name], comment, section)
     return settings
 
 
@@ -110,8 +142,10 @@ def convert(name, settings, value, text):
     """
     if name not in settings:
         close = difflib.get_close_matches(name.replace("-", "_"), settings, n=1)
-        hint = f"did you mean {close[0]}?" if close else "--help lists them all"
-        raise ValueError(f"unknown setting {name!r}: {hint}")
+        raise ValueError(
+            f"unknown setting {name!r}: "
+            + (f"did you mean {close[0]}?" if close else "--help lists them all")
+        )
     kinds = settings[name].kinds
     if value is BARE and "bool" not in kinds:
         raise ValueError(f"--{name} needs a value")
@@ -121,9 +155,9 @@ def convert(name, settings, value, text):
         kind = "nan or infinite"
     if kind in kinds and (kind != "str" or text is None):
         return value
-    other = {"int": float, "float": int}.get(kind)
-    if other and other.__name__ in kinds and other(value) == value:
-        return other(value)
+    for other, number in (("int", float), ("float", int)):
+        if kind == other and number.__name__ in kinds and number(value) == value:
+            return number(value)
     if "str" in kinds and text is not None:
         return text
     shown = " ".join(repr(value).split())[:80]
@@ -141,11 +175,10 @@ def read_file(name, namespace, config):
     scope = dict(config)
     try:
         exec(compile(path.read_bytes(), path.name, "exec"), scope)
-        changed = {k: v for k, v in scope.items() if config.get(k, scope) is not v}
-        return {k: v for k, v in changed.items() if not (k[0] == "_" or callable(v) or ismodule(v))}
+        given = {k: v for k, v in scope.items() if config.get(k, scope) is not v}
+        return {k: v for k, v in given.items() if not (k[0] == "_" or callable(v) or ismodule(v))}
     except BaseException as fault:  # exit() and Ctrl-C too
-        reason = " ".join(str(fault).split())
-        raise ValueError(f"{name}: {type(fault).__name__}: {reason}") from None
+        raise ValueError(" ".join(f"{name}: {type(fault).__name__}: {fault}".split())) from None
 
 
 def print_help(docstring, settings):

@@ -7,14 +7,11 @@ arXiv:2005.14165, appendix B) for the optimizer; nanoGPT for parameter names and
 """
 
 import math
-import zipfile
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import nn
-
-import fast
 
 
 @dataclass
@@ -28,42 +25,28 @@ class GPTConfig:
     bias: bool = True  # in linear and normalisation layers, as GPT-2 has; without is a bit faster
     gelu_tanh: bool = False  # the tanh approximation of GELU, which GPT-2 was trained with
 
-    def saved(self):
-        """Return the fields for a checkpoint: nanoGPT's, and gelu_tanh only where it is on."""
-        fields = asdict(self)
-        return fields if self.gelu_tanh else {k: v for k, v in fields.items() if k != "gelu_tanh"}
-
-    @classmethod
-    def restored(cls, fields, dropout=0.0):
-        """Return the config that a checkpoint saved as `fields`, with another dropout."""
-        try:
-            config = cls(**{**fields, "dropout": dropout})
-            sizes = list(vars(config).values())[:5]
-            if min(sizes) < 1 or max(sizes) >= 2**31 or config.n_embd % config.n_head:
-                raise TypeError(f"{config}")
-        except TypeError as fault:
-            raise ValueError(f"the checkpoint is of another kind of model: {fault}") from None
-        return config
-
 
 class CausalSelfAttention(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.n_head, self.dropout = config.n_head, config.dropout
-        self.c_attn = fast.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
-        self.c_proj = fast.Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = fast.Dropout(config.dropout)
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.attend = F.scaled_dot_product_attention
 
     def forward(self, x, cache=None, past=0):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).chunk(3, dim=2)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
         if cache is not None:
-            cache[0, :, :, past : past + T], cache[1, :, :, past : past + T] = k, v
-            k, v = cache[:, :, :, : past + T]  # (B, H, past + T, D)
+            keys, values = cache  # (B, H, capacity, D) each
+            keys[:, :, past : past + T] = k
+            values[:, :, past : past + T] = v
+            k, v = keys[:, :, : past + T], values[:, :, : past + T]
         dropout = self.dropout if self.training else 0.0
-        # A single token sees all before it. More than one only ever come first, with past = 0.
-        y = fast.attend(q, k, v, dropout_p=dropout, is_causal=T > 1)
+        causal = T > 1  # with a cache a single token comes after all others and may see them all
+        y = self.attend(q, k, v, dropout_p=dropout, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -71,10 +54,10 @@ class CausalSelfAttention(nn.Module):
 class MLP(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.c_fc = fast.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh" if config.gelu_tanh else "none")
-        self.c_proj = fast.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.dropout = fast.Dropout(config.dropout)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
@@ -103,12 +86,12 @@ class GPT(nn.Module):
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": fast.Dropout(config.dropout),
+                "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
             }
         )
-        self.lm_head = fast.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
         self.apply(self.init_weights)
         for name, parameter in self.named_parameters():
@@ -126,8 +109,24 @@ class GPT(nn.Module):
             if getattr(module, "bias", None) is not None:
                 nn.init.zeros_(module.bias)
 
+    def forward(self, idx, targets=None, cache=None, past=0, loss_only=False):
+        """Return logits and loss for token ids `idx` (B, T).
+
+        With `targets` (B, T), where -1 is ignored: logits (B, T, V) and their mean cross-entropy in
+        nats per token; with `loss_only` that alone. Without targets: logits (B, 1, V) of the last
+        position, and None. `cache`, of `make_cache`, holds the keys and values of `past` tokens,
+        which idx continues: with one token, or with any number if past is 0.
+        """
+        x = self.hidden(idx, cache, past)
+        if targets is None:
+            return self.lm_head(x[:, -1:]), None
+        if loss_only:
+            return self.head_loss(x, targets)
+        logits = self.lm_head(x)
+        return logits, cross_entropy(logits, targets)
+
     def hidden(self, idx, cache=None, past=0):
-        """Return what the head reads, (B, T, C), for token ids `idx` (B, T). As in forward."""
+        """Return what the head reads, (B, T, C). Arguments as in forward."""
         T = idx.size(1)
         assert past + T <= self.config.block_size, (past, T, self.config.block_size)
         assert past == 0 or T == 1, (past, T)
@@ -137,18 +136,12 @@ class GPT(nn.Module):
             x = block(x, None if cache is None else cache[layer], past)
         return self.transformer.ln_f(x)
 
-    def forward(self, idx, targets=None, cache=None, past=0):
-        """Return logits and loss for token ids `idx` (B, T).
+    def head_loss(self, x, targets):
+        """Return the loss for what the head reads, x (B, T, C).
 
-        With `targets` (B, T), where -1 is ignored: None, and the mean cross-entropy in nats per
-        token. Without: logits (B, 1, V) of the last position, and None. `cache`, of `make_cache`,
-        holds the keys and values of `past` tokens, which idx continues: with one token, or with any
-        number if past is 0.
+        A method of its own, so that it can be replaced by one that never holds all logits.
         """
-        x = self.hidden(idx, cache, past)
-        if targets is None:
-            return self.lm_head(x[:, -1:]), None
-        return None, fast.head_loss(x.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        return cross_entropy(self.lm_head(x), targets)
 
     # --- sizes -----------------------------------------------------------------------------------
 
@@ -158,7 +151,9 @@ class GPT(nn.Module):
         The token table counts either way: it is the head too.
         """
         count = sum(parameter.numel() for parameter in self.parameters())
-        return count - self.transformer.wpe.weight.numel() * non_embedding
+        if non_embedding:
+            count -= self.transformer.wpe.weight.numel()
+        return count
 
     def flops_per_token(self):
         """Return the FLOPs of one token's forward and backward at full context.
@@ -174,7 +169,9 @@ class GPT(nn.Module):
         peak_flops is the device's dense peak for the dtype in FLOP/s; None if unknown, and then so
         is the result.
         """
-        return peak_flops and self.flops_per_token() * tokens / seconds / peak_flops
+        if peak_flops is None:
+            return None
+        return self.flops_per_token() * tokens / seconds / peak_flops
 
     # --- optimizer -------------------------------------------------------------------------------
 
@@ -205,22 +202,15 @@ class GPT(nn.Module):
     def from_state(cls, config, state, device="cpu"):
         """Return a GPT on `device` with a float32 copy of the weights `state`, name -> tensor.
 
-        Names are nanoGPT's, with or without the prefix that torch.compile gave them there.
-        Raises ValueError if names or shapes do not fit `config`.
+        Raises load_state_dict's RuntimeError if names or shapes do not fit `config`.
         """
-        state = {k.removeprefix("_orig_mod."): v for k, v in state.items() if torch.is_tensor(v)}
-        state = {k: v for k, v in state.items() if not k.endswith(".attn.bias")}  # old masks
-        layers = sum(name.endswith(".ln_1.weight") for name in state)
-        if layers != config.n_layer:  # building a false million of them would take hours
-            raise ValueError(f"the weights have {layers} layers, the model {config.n_layer}")
-        state = {k: v.to(device, torch.float32, copy=True) for k, v in state.items()}
-        try:
-            with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
-                model = cls(config)
-            model.load_state_dict(state, assign=True)
-        except RuntimeError as fault:
-            reason = " ".join(str(fault).split())[:300]
-            raise ValueError(f"the weights do not fit the model: {reason}") from None
+        with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
+            model = cls(config)
+        copies = {}
+        for name, tensor in state.items():
+            tensor = tensor.to(device, torch.float32, copy=True)
+            copies[name] = tensor.contiguous()  # a sharded model needs it
+        model.load_state_dict(copies, assign=True)
         model.tie()
         return model
 
@@ -231,17 +221,10 @@ class GPT(nn.Module):
         `name`: gpt2, gpt2-medium, gpt2-large, gpt2-xl, another hub name, or a folder that holds
         config.json and the weights. Raises ValueError if it cannot be had or has another shape.
         """
-        source = load_transformers(name)
-        theirs = source.config
-        config = GPTConfig(
-            theirs.n_positions, theirs.vocab_size, theirs.n_layer, theirs.n_head, theirs.n_embd,
-            dropout, bias=True, gelu_tanh=theirs.activation_function != "gelu",
-        )  # fmt: skip
-        state = source.state_dict()
-        for key in state:  # transformers' Conv1D holds its matrix the other way round
-            if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                state[key] = state[key].t()
-        return cls.from_state(config, state, device)
+        from engine.huggingface import load_gpt2
+
+        fields, state = load_gpt2(name)
+        return cls.from_state(GPTConfig(**fields, dropout=dropout), state, device)
 
     # --- generation ------------------------------------------------------------------------------
 
@@ -255,9 +238,10 @@ class GPT(nn.Module):
     def make_cache(self, batch_size, capacity):
         """Return room for the keys and values of `capacity` tokens, (L, 2, B, H, capacity, D)."""
         config, weight = self.config, self.transformer.wpe.weight
+        dtype = weight.dtype
+        if torch.is_autocast_enabled(weight.device.type):
+            dtype = torch.get_autocast_dtype(weight.device.type)
         heads = config.n_head, capacity, config.n_embd // config.n_head
-        autocast = torch.is_autocast_enabled(weight.device.type)
-        dtype = torch.get_autocast_dtype(weight.device.type) if autocast else weight.dtype
         size = (config.n_layer, 2, batch_size, *heads)
         return torch.empty(size, dtype=dtype, device=weight.device)
 
@@ -274,6 +258,7 @@ class GPT(nn.Module):
         When block_size tokens are in the cache, the last half of the context is read anew from
         position 0, so that it never falls below half of block_size. A longer prompt is cut to its
         last block_size tokens. use_cache=False computes the same without it. Leaves eval mode on.
+        Raises FloatingPointError on logits that are not finite.
         """
         self.eval()
         block_size, context = self.config.block_size, idx[:, -self.config.block_size :]
@@ -286,7 +271,7 @@ class GPT(nn.Module):
                 context, past = context[:, -((block_size + 1) // 2) :], 0
             logits, _ = self(context[:, past:], cache=cache, past=past)
             if not logits.isfinite().all():  # syncs the device
-                raise ValueError("the model's logits are not finite; try another checkpoint")
+                raise FloatingPointError("the logits are not finite; try another checkpoint")
             draws = None if temperature == 0 else uniform(len(idx), generators).to(idx.device)
             drawn = next_token(logits[:, -1, :vocab_size], draws, temperature, top_k, top_p)
             if stop is not None:
@@ -301,6 +286,12 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, *args, **options):
         """Return `idx` (B, T) and what `stream` draws after it, (B, at most T + max_new_tokens)."""
         return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **options)), dim=1)
+
+
+def cross_entropy(logits, targets):
+    """Return the mean cross-entropy of logits (B, T, V) against targets (B, T), -1 ignored."""
+    logits, targets = logits.flatten(0, 1).float(), targets.flatten()
+    return F.cross_entropy(logits, targets, ignore_index=-1)
 
 
 def uniform(count, generators):
@@ -329,83 +320,3 @@ def next_token(logits, draws, temperature=1.0, top_k=None, top_p=None):
         logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
     mass = logits.softmax(dim=-1).cumsum(dim=-1)
     return torch.searchsorted(mass, draws * mass[:, -1:])  # draws > 0: never one of probability 0
-
-
-def load_transformers(name):
-    """Return the transformers model called `name`; ValueError says why there is none to use."""
-    if not Path(name).is_dir() and "/" not in name and "gpt2" not in name:
-        known = "scratch, resume, auto, gpt2, gpt2-medium, -large, -xl, OWNER/NAME or a folder"
-        raise ValueError(f"init_from={name}: choose {known}")
-    try:
-        from huggingface_hub import HfApi
-        from transformers import AutoConfig, GPT2LMHeadModel, logging
-    except ImportError:
-        raise ValueError("loading GPT-2 needs transformers: pip install -e '.[gpt2]'") from None
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-
-    def load(**where):
-        try:  # the default of trust_remote_code is to ask whether to run a folder's code
-            check_shape(AutoConfig.from_pretrained(name, trust_remote_code=False, **where))
-            where |= {"dtype": torch.float32, "output_loading_info": True}
-            return GPT2LMHeadModel.from_pretrained(name, **where)
-        except Exception as fault:  # damage can raise anything
-            if isinstance(fault, OSError) and not Path(name).is_dir():
-                raise
-            reason = f"{type(fault).__name__}: {fault}".splitlines()[0].partition(". ")[0]
-            raise ValueError(f"{name}: {reason.removeprefix('ValueError: ')}") from None
-
-    try:
-        source, info = load(local_files_only=True)  # a folder, or in the cache of the hub
-    except OSError:
-        try:
-            HfApi().model_info(name, timeout=5)  # one attempt; the loader retries for half a minute
-        except Exception as fault:
-            advice = "save the model to a folder elsewhere and give --init_from=FOLDER"
-            reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
-            raise ValueError(f"cannot get {name!r} from the hub ({reason}); {advice}") from None
-        source, info = load()
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{name} lacks weights: {', '.join(missing[:3])}")
-    return source
-
-
-def check_shape(theirs):
-    """Raise ValueError if `theirs`, a transformers config, is of a model that GPT cannot be."""
-    wanted = {
-        "model_type": ["gpt2"],
-        "activation_function": ["gelu_new", "gelu_pytorch_tanh", "gelu"],
-        "n_inner": [None, 4 * getattr(theirs, "n_embd", 0)],
-        "layer_norm_epsilon": [1e-5],
-        "scale_attn_weights": [True],
-        "scale_attn_by_inverse_layer_idx": [False],
-        "tie_word_embeddings": [True],
-    }
-    for key, allowed in wanted.items():
-        if getattr(theirs, key, allowed[0]) not in allowed:
-            raise ValueError(f"it is no GPT-2: its {key} is {getattr(theirs, key)!r}")
-
-
-def read_checkpoint(path):
-    """Return what ckpt.pt holds, on the CPU; tensors are read from the file when first used.
-
-    Runs no code, whatever the file holds. Raises ValueError if it is no checkpoint or damaged.
-    """
-    kinds = {"model": dict, "model_args": dict, "iter_num": int, "config": dict}
-    if not path.exists():
-        raise ValueError(f"no checkpoint {path}")
-    try:
-        if damaged := zipfile.ZipFile(path).testzip():  # 0.35 s per GB; torch.load ignores CRCs
-            raise ValueError(f"{damaged!r} in it is damaged")
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        lacks = [key for key in kinds if not isinstance(checkpoint.get(key), kinds[key])]
-        more = ("optimizer", "scaler", "tokenizer")
-        lacks += [key for key in more if not isinstance(checkpoint.get(key, {}), dict)]
-    except Exception as fault:  # damage can raise anything, but runs nothing
-        why = f"{type(fault).__name__}: {fault}".removeprefix("ValueError: ").partition(". ")[0]
-        if isinstance(fault, zipfile.BadZipFile):
-            why = "it was cut short or is another kind of file"
-        raise ValueError(f"{path} cannot be read as a checkpoint: {why.splitlines()[0]}") from None
-    if lacks:
-        raise ValueError(f"{path} is no checkpoint: it lacks {', '.join(lacks)}")
-    return checkpoint

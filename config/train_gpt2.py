@@ -11,7 +11,6 @@ gradient_accumulation_steps = 5 * 8
 
 # 295 billion tokens in all
 max_iters = 600000
-lr_decay_iters = 600000
 
 eval_interval = 1000
 eval_iters = 200

@@ -22,7 +22,6 @@ dropout = 0.2
 
 learning_rate = 1e-3  # small models bear higher rates
 max_iters = 5000
-lr_decay_iters = 5000
 min_lr = 1e-4
 beta2 = 0.99  # few tokens per step: average over more steps
 warmup_iters = 100

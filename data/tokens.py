@@ -5,43 +5,32 @@ where the vocabulary exceeds 65,536). meta.pkl holds the vocabulary size and wha
 a folder without one holds GPT-2 BPE. nanoGPT reads and writes the same files.
 """
 
+import hashlib
 import mmap
 import os
 import pickle
 import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 
+from engine.process import UserError, atomic, user_error
+
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50304}  # 50,257 padded to a multiple of 64 for speed
 SCAN_BYTES = 2**27  # files up to this size are searched whole for ids beyond the vocabulary
-
-
-@contextmanager
-def atomic(path):
-    """Open a file that appears at `path`, synced to the disk, only if the block ends well."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # it is still there only after an error
-    if os.name == "posix":  # the new name is safe only once the folder is on the disk too
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+SAMPLE = 2**16  # bytes of each piece of a file that goes into its digest
 
 
 def write_dataset(folder, meta, **splits):
-    """Stream each split, an iterable of lists of ids, to disk; name all files when all is there."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as files:
+    """Write a dataset encoded as `meta` says: each split is an iterable of lists of ids.
+
+    The lists go to the disk as they come, and the files get their names when all of them are whole.
+    """
+    with user_error(folder, OSError), ExitStack() as files:
+        folder.mkdir(parents=True, exist_ok=True)
         if meta != GPT2:
             pickle.dump(meta, files.enter_context(atomic(folder / "meta.pkl")))
         for split, lists in splits.items():
@@ -72,28 +61,28 @@ def read_meta(folder):
         with open(path, "rb") as file:
             meta = PlainUnpickler(file).load()
         if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] < 2**32:
-            raise ValueError(f"its vocab_size is {meta['vocab_size']!r}")
+            raise UserError(f"its vocab_size is {meta['vocab_size']!r}")
         if "stoi" in meta:
             CharTokenizer(meta)
         return meta
     except Exception as fault:  # garbage can raise anything, but it runs nothing
         reason = " ".join(f"{type(fault).__name__}: {fault}".split())
-        raise ValueError(f"{path} describes no dataset ({reason}); prepare it again") from None
+        raise UserError(f"{path} describes no dataset ({reason}); prepare it again") from None
 
 
 class TokenFile:
-    """The ids of one split, memory-mapped. Raises ValueError if they cannot be trained on."""
+    """The ids of one split, memory-mapped. Raises UserError if they cannot be trained on."""
 
     def __init__(self, path, meta, block_size):
         self.path, dtype = path, id_dtype(meta)
         if not path.exists():
             own = f"data/text/prepare.py --input=FILE --dataset={path.parent.name}"
             command = f"{path.parent}/prepare.py" if (path.parent / "prepare.py").exists() else own
-            raise ValueError(f"no {path.name} in {path.parent}; make it: python {command}")
+            raise UserError(f"no {path.name} in {path.parent}; make it: python {command}")
         count, rest = divmod(path.stat().st_size, dtype.itemsize)
         if rest or count <= block_size:
             need = f"block_size={block_size} needs {block_size + 1} tokens, all of them whole"
-            raise ValueError(f"{path} holds {count} tokens and {rest} bytes; {need}")
+            raise UserError(f"{path} holds {count} tokens and {rest} bytes; {need}")
         with open(path, "rb") as file:
             self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.ids = np.frombuffer(self.mapping, dtype)
@@ -107,7 +96,24 @@ class TokenFile:
 
     def check(self, ids):
         if ids.max() >= self.vocab_size:
-            raise ValueError(f"{self.path} holds id {ids.max()}, the vocabulary {self.vocab_size}")
+            raise UserError(f"{self.path} holds id {ids.max()}, the vocabulary {self.vocab_size}")
+
+    def digest(self):
+        """Return the number of tokens and a SHA-256 of 64 pieces, spread evenly, of the bytes.
+
+        It tells one file from another without reading a large one whole: 4 MiB at most.
+        """
+        content, found = memoryview(self.mapping), hashlib.sha256()
+        for index in range(64):
+            begin = (len(content) - SAMPLE) * index // 63
+            found.update(content[max(0, begin) : max(0, begin) + SAMPLE])
+        return f"{len(self.ids)} tokens, SHA-256 {found.hexdigest()[:16]}"
+
+    def evenly_spaced(self, block_size, most):
+        """Return where the windows to evaluate on begin: all that do not overlap, or `most`."""
+        windows = (len(self.ids) - 1) // block_size
+        count = min(windows, most)
+        return np.arange(count) * windows // count * block_size
 
     def windows(self, starts, length):
         """Return the (len(starts), length) ids that begin at `starts`, in one gather; for `send`.
@@ -134,9 +140,16 @@ class Batches:
     before and however many processes share them, equally and in the order of their ranks.
     """
 
-    def __init__(self, tokens, accumulation_steps, batch_size, block_size, seed, run):
+    def __init__(self, tokens, accumulation_steps, batch_size, block_size, seed, runtime):
         self.tokens, self.length, self.batch_size = tokens, block_size + 1, batch_size
-        self.sequences, self.seed, self.run = accumulation_steps * batch_size, seed, run
+        self.sequences, self.seed, self.runtime = accumulation_steps * batch_size, seed, runtime
+        world_size = runtime.world_size
+        if self.sequences % world_size:
+            fits = [str(n) for n in range(1, 2 * world_size) if self.sequences % n == 0]
+            raise UserError(
+                f"batch_size * gradient_accumulation_steps = {self.sequences} sequences per step "
+                f"divide among {', '.join(fits)} processes, not among {world_size}"
+            )
         self.pool, self.ahead = ThreadPoolExecutor(max_workers=1), {}  # ahead: step -> future
 
     def __call__(self, step):
@@ -148,10 +161,10 @@ class Batches:
     def draw(self, step):
         last = len(self.tokens.ids) - self.length
         starts = np.random.default_rng([self.seed, step]).integers(last + 1, size=self.sequences)
-        share = self.sequences // self.run.world_size
-        windows = self.tokens.windows(starts[self.run.rank * share :][:share], self.length)
-        if self.run.device.type == "cuda":
-            torch.cuda.set_device(self.run.device)  # a new thread starts on device 0
+        share = self.sequences // self.runtime.world_size
+        windows = self.tokens.windows(starts[self.runtime.rank * share :][:share], self.length)
+        if self.runtime.device.type == "cuda":
+            torch.cuda.set_device(self.runtime.device)  # a new thread starts on device 0
             windows = windows.pin_memory()  # makes the copy to the device asynchronous
         return windows.split(self.batch_size)
 
@@ -163,19 +176,20 @@ def char_meta(characters):
 
 
 class CharTokenizer:
-    """One id per character, as the tables of `meta` say. ValueError if they disagree."""
+    """One id per character, as the tables of `meta` say. UserError if they disagree."""
 
     def __init__(self, meta):
         self.stoi, self.itos = meta["stoi"], meta["itos"]
         self.vocab_size, self.eot = meta["vocab_size"], None  # no end-of-text token
+        self.opening = self.stoi.get("\n", 0)  # what an empty prompt begins with
         inverse = {i: c for c, i in self.stoi.items() if isinstance(c, str)}
         if self.itos != inverse or sorted(inverse) != list(range(self.vocab_size)):
-            raise ValueError("its characters and ids do not match")
+            raise UserError("its characters and ids do not match")
 
     def encode(self, text):
         if unknown := sorted(set(text) - self.stoi.keys()):
             names = ", ".join(f"{c!r} ({unicodedata.name(c, 'unnamed')})" for c in unknown[:8])
-            raise ValueError(f"{len(unknown)} unknown characters: {names}")
+            raise UserError(f"{len(unknown)} unknown characters: {names}")
         return [self.stoi[character] for character in text]
 
     def encode_corpus(self, texts):
@@ -196,8 +210,9 @@ class BPETokenizer:
         except (OSError, ValueError) as fault:  # no network, no such encoding
             advice = "offline, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled elsewhere"
             reason = str(fault).partition("\n")[0].partition("(")[0]
-            raise ValueError(f"no tokenizer {meta['tokenizer']}: {reason}; {advice}") from None
+            raise UserError(f"no tokenizer {meta['tokenizer']}: {reason}; {advice}") from None
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
+        self.opening = self.eot
 
     def encode(self, text):
         return self.encoding.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=())
@@ -224,5 +239,5 @@ class BPETokenizer:
 def make_tokenizer(meta):
     """Return the tokenizer that `meta`, of a dataset or a checkpoint, describes."""
     if not meta.keys() & {"tokenizer", "stoi"}:
-        raise ValueError("meta.pkl names no tokenizer and holds no characters")
+        raise UserError("meta.pkl names no tokenizer and holds no characters")
     return BPETokenizer(meta) if "tokenizer" in meta else CharTokenizer(meta)

@@ -114,6 +114,68 @@ def finish(start):
     return run
 
 
+class Payload:
+    """Code that a pickle would run: it creates the file `proof`."""
+
+    def __reduce__(self):
+        return open, ("proof", "w")
+
+
+def save_pretrained(folder, **sizes):
+    """Save a tiny, random model of GPT-2's shape, as transformers does; skip without transformers."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 21, **sizes}
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape))
+    model.save_pretrained(folder)
+    return model
+
+
+def nanogpt_checkpoint(folder, vocab_size, **config):
+    """Write a checkpoint as nanoGPT lays it out: compiled names, resolved device, tensors."""
+    torch.manual_seed(0)
+    sizes = {"n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 16}
+    arguments = {**sizes, "bias": False, "vocab_size": vocab_size, "dropout": 0.0}
+    layer = {"ln_1.weight": (32,), "attn.c_attn.weight": (96, 32), "attn.c_proj.weight": (32, 32)}
+    layer |= {"ln_2.weight": (32,), "mlp.c_fc.weight": (128, 32), "mlp.c_proj.weight": (32, 128)}
+    shapes = {"wte.weight": (vocab_size, 32), "wpe.weight": (16, 32)}
+    shapes |= {f"h.{i}.{name}": shape for i in range(2) for name, shape in layer.items()}
+    shapes = {f"transformer.{k}": v for k, v in (shapes | {"ln_f.weight": (32,)}).items()}
+    weights = {name: torch.randn(shape) * 0.1 for name, shape in shapes.items()}
+    order = sorted(shapes, key=lambda name: len(shapes[name]) < 2)  # matrices, then vectors
+    matrices = sum(len(shape) == 2 for shape in shapes.values())
+    hyper = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "amsgrad": False, "maximize": False}
+    hyper |= {"foreach": None, "capturable": False, "differentiable": False, "fused": None}
+    groups = [
+        {**hyper, "weight_decay": 0.1, "params": list(range(matrices))},
+        {**hyper, "weight_decay": 0.0, "params": list(range(matrices, len(order)))},
+    ]
+    state = {
+        index: {
+            "step": torch.tensor(7.0),
+            "exp_avg": torch.full(shapes[name], 0.01),
+            "exp_avg_sq": torch.full(shapes[name], 0.02),
+        }
+        for index, name in enumerate(order)
+    }
+    settings = {"out_dir": "elsewhere", "dataset": "tiny", "batch_size": 4, "block_size": 16}
+    settings |= {"gradient_accumulation_steps": 1, "max_iters": 7, "warmup_iters": 2}
+    settings |= {"device": "cpu", "dtype": "float32", "compile": False, "init_from": "scratch"}
+    named = {f"_orig_mod.{name}": tensor for name, tensor in weights.items()}
+    named["_orig_mod.lm_head.weight"] = weights["transformer.wte.weight"]
+    Path(folder).mkdir()
+    content = {
+        "model": named,
+        "optimizer": {"state": state, "param_groups": groups},
+        "model_args": arguments,
+        "iter_num": 7,
+        "best_val_loss": torch.tensor(2.5),
+        "config": settings | config,
+    }
+    torch.save(content, Path(folder, "ckpt.pt"))
+    return weights
+
+
 @pytest.fixture
 def gpt2_files(monkeypatch):
     """Make tiktoken's GPT-2 files available offline, or skip."""

@@ -15,7 +15,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
 from data.tokens import GPT2, BPETokenizer, write_dataset  # noqa: E402
-from runtime import one_line_errors  # noqa: E402
+from engine.process import UserError, one_line_errors, user_path  # noqa: E402
 
 # Input
 input: str | None = None      # local .parquet, .jsonl or .txt instead, a file or a folder of them
@@ -33,15 +33,16 @@ def load_documents():
     try:
         import datasets
     except ImportError:
-        raise ValueError("this needs datasets: pip install -e '.[openwebtext]'") from None
+        raise UserError("this needs datasets: pip install -e '.[openwebtext]'") from None
     if input is None:
         files, kind = [HUB], "parquet"
     else:
-        files = [path for path in [Path(input), *Path(input).rglob("*")] if path.is_file()]
+        source = user_path(input)
+        files = [path for path in [source, *source.rglob("*")] if path.is_file()]
         kinds = {".parquet": "parquet", ".jsonl": "json", ".txt": "text"}
         found = {kinds.get(path.suffix) for path in files}
         if len(found) != 1 or None in found:
-            raise ValueError(f"--input={input}: give .parquet, .jsonl or .txt files of one kind")
+            raise UserError(f"--input={input}: give .parquet, .jsonl or .txt files of one kind")
         files, kind = sorted(map(str, files)), found.pop()
     name = input or HUB
     options = {"sample_by": "document"} if kind == "text" else {}
@@ -50,11 +51,11 @@ def load_documents():
     except Exception as fault:  # no network, a broken file: all sorts
         fault = fault.__cause__ or fault
         reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
-        raise ValueError(f"cannot read {name} ({reason}); offline, give --input=PATH") from None
+        raise UserError(f"cannot read {name} ({reason}); offline, give --input=PATH") from None
     if getattr(documents.features.get("text"), "dtype", "") not in ("string", "large_string"):
-        raise ValueError(f"{name} has no column `text` of strings but {documents.features}")
+        raise UserError(f"{name} has no column `text` of strings but {documents.features}")
     if input is None and len(documents) != DOCUMENTS:
-        raise ValueError(f"the hub gave {len(documents):,} documents of {DOCUMENTS:,}; try later")
+        raise UserError(f"the hub gave {len(documents):,} documents of {DOCUMENTS:,}; try later")
     return documents if limit is None else documents.select(range(min(limit, len(documents))))
 
 
@@ -64,7 +65,7 @@ def encoded(documents, name, tokenizer):
     def texts():
         for batch in documents.iter(BATCH):
             if None in batch["text"]:
-                raise ValueError(f"{input or HUB} has a document without text")
+                raise UserError(f"{input or HUB} has a document without text")
             yield from batch["text"]
 
     with tqdm(total=len(documents), desc=name, unit=" documents", smoothing=0.05) as progress:
@@ -74,12 +75,12 @@ def encoded(documents, name, tokenizer):
             progress.update()
 
 
-@one_line_errors()
+@one_line_errors
 def main(config):
     tokenizer = BPETokenizer(GPT2)  # first: without its files all the rest is for nothing
     documents = load_documents()
     if len(documents) < 2:
-        raise ValueError(f"{len(documents)} documents cannot be split; give at least 2")
+        raise UserError(f"{len(documents)} documents cannot be split; give at least 2")
     split = documents.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
     parts = {"train": split["train"], "val": split["test"]}
     write_dataset(FOLDER, GPT2, **{k: encoded(parts[k], k, tokenizer) for k in parts})

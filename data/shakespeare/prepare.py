@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
 from data.shakespeare_char.prepare import read_corpus  # noqa: E402
 from data.tokens import GPT2, BPETokenizer, write_dataset  # noqa: E402
-from runtime import one_line_errors  # noqa: E402
+from engine.process import one_line_errors  # noqa: E402
 
 # Input
 input: str | None = None  # a copy of the corpus; None: input.txt in this folder, else downloaded
@@ -19,7 +19,7 @@ input: str | None = None  # a copy of the corpus; None: input.txt in this folder
 FOLDER = Path(__file__).resolve().parent
 
 
-@one_line_errors()
+@one_line_errors
 def main(config):
     text = read_corpus(input, FOLDER)
     tokenizer, cut = BPETokenizer(GPT2), int(0.9 * len(text))

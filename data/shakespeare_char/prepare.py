@@ -12,8 +12,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
-from data.tokens import CharTokenizer, atomic, char_meta, write_dataset  # noqa: E402
-from runtime import one_line_errors  # noqa: E402
+from data.tokens import CharTokenizer, char_meta, write_dataset  # noqa: E402
+from engine.process import UserError, atomic, one_line_errors, user_error, user_path  # noqa: E402
 
 # Input
 input: str | None = None  # a copy of the corpus; None: input.txt in this folder, else downloaded
@@ -26,30 +26,31 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 def read_corpus(path, folder):
     """Return Tiny Shakespeare from `path`, else from input.txt in `folder`, made if needed."""
     kept = folder / "input.txt"
-    source = Path(path) if path else kept
+    source = user_path(path) if path else kept
     if not path and not kept.exists():
         try:
             with urllib.request.urlopen(URL, timeout=20) as response:
                 content = response.read()
         except (OSError, HTTPException) as fault:  # the second where it is cut off
             advice = f"offline, put a copy at {kept} or give --input=PATH"
-            raise ValueError(f"cannot download {URL} ({fault}); {advice}") from None
+            raise UserError(f"cannot download {URL} ({fault}); {advice}") from None
         check(content, URL)
         with atomic(kept) as file:
             file.write(content)
-    content = source.read_bytes()
+    with user_error(source, OSError):
+        content = source.read_bytes()
     check(content, source)
     return content.decode()
 
 
 def check(content, source):
-    """Raise ValueError unless the bytes are those of the corpus: not an error page, nor cut."""
+    """Raise UserError unless the bytes are those of the corpus: not an error page, nor cut."""
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
-        raise ValueError(f"{source} is not Tiny Shakespeare: its SHA-256 is {digest}, not {SHA256}")
+        raise UserError(f"{source} is not Tiny Shakespeare: its SHA-256 is {digest}, not {SHA256}")
 
 
-@one_line_errors()
+@one_line_errors
 def main(config):
     text = read_corpus(input, FOLDER)
     meta = char_meta(set(text))

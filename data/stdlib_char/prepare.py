@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
 from data.tokens import CharTokenizer, char_meta, write_dataset  # noqa: E402
-from runtime import one_line_errors  # noqa: E402
+from engine.process import UserError, one_line_errors, user_path  # noqa: E402
 
 # Input
 input: str | None = None  # folder of a standard library; None: the running interpreter's
@@ -40,12 +40,12 @@ def sources(folder):
                 yield text
 
 
-@one_line_errors()
+@one_line_errors
 def main(config):
-    folder = Path(input or sysconfig.get_paths()["stdlib"])
+    folder = user_path(input or sysconfig.get_paths()["stdlib"])
     texts = list(sources(folder))
     if len(texts) < 100:
-        raise ValueError(f"{folder} is no standard library: it holds {len(texts)} module files")
+        raise UserError(f"{folder} is no standard library: it holds {len(texts)} module files")
     meta = char_meta(set().union(*texts))
     tokenizer = CharTokenizer(meta)
     digest = hashlib.sha256("".join(texts).encode()).hexdigest()

@@ -5,7 +5,7 @@
     python train.py config/train_shakespeare_char.py --dataset=notes --out_dir=out-notes
 
 Characters suit a small model trained from scratch; gpt2 suits finetuning and gigabytes. Text may be
-larger than memory. The end of it, a tenth, validates.
+larger than memory, unless a gpt2 file has no spaces. Its end, a tenth, is for validation.
 """
 
 import re
@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
 from data.tokens import GPT2, char_meta, make_tokenizer, write_dataset  # noqa: E402
-from runtime import one_line_errors  # noqa: E402
+from engine.process import UserError, one_line_errors, user_error, user_path  # noqa: E402
 
 # Input
 input = ""                # a UTF-8 text file, or a folder: all .txt and .md files, sorted by path
@@ -26,21 +26,26 @@ val_fraction = 0.1        # share of the characters, at the end, that validates
 
 DATA = Path(__file__).resolve().parents[1]
 PIECE = 2**20  # characters read at once
-CUT = re.compile(r"(?<=\S\n)(?=[^\W_])")  # there no pattern of tiktoken's lets a token go on
+# Where no token of any of tiktoken's encodings goes on: a space after a word, number or mark, and
+# any white space after a letter.
+CUT = re.compile(r"\S(?= )|[^\W\d_](?=\s)")
 
 
 def pieces(paths):
     """Yield the files as (text of about PIECE characters, whether it is the last of its file)."""
+    cut = re.compile("(?s).") if tokenizer == "char" else CUT
     for path in paths:
         rest = ""
-        with open(path, encoding="utf-8") as file:
+        with (
+            user_error(f"{path} is not UTF-8 text", UnicodeDecodeError),
+            open(path, encoding="utf-8") as file,
+        ):
             while text := file.read(PIECE):
-                rest, first, at = rest + text, max(0, len(rest) - 1), None
-                while (at := rest.rfind("\n", first, at)) >= 0 and not CUT.match(rest, at + 1):
-                    pass
-                if at >= 0:
-                    yield rest[: at + 1], False
-                    rest = rest[at + 1 :]
+                rest += text
+                ends = [match.end() for match in cut.finditer(rest, max(0, len(rest) - 1000))]
+                if ends:  # else the piece grows
+                    yield rest[: ends[-1]], False
+                    rest = rest[ends[-1] :]
         yield rest, True
 
 
@@ -64,36 +69,31 @@ def encoded(paths, encoder, start, end):
             yield [encoder.eot]
 
 
-def read_through(paths):
-    """Return the number of characters in the files, and the set of them if they are the tokens."""
-    count, characters = 0, set()
-    for path in paths:
-        try:
-            for text, _ in pieces([path]):
-                count += len(text)
-                characters |= set(text) if tokenizer == "char" else set()
-        except UnicodeDecodeError as fault:
-            raise ValueError(f"{path} is not UTF-8 text: {fault}") from None
-    return count, characters
-
-
-@one_line_errors()
+@one_line_errors
 def main(config):
-    folder, source = DATA / dataset, Path(input)
+    folder, source = DATA / dataset, user_path(input)
     paths = sorted(p for p in source.rglob("*") if p.suffix in (".txt", ".md")) or [source]
     if not input or not paths[0].is_file():
-        raise ValueError(f"--input={input}: give a text file, or a folder with .txt or .md files")
+        raise UserError(f"--input={input}: give a text file, or a folder with .txt or .md files")
     if folder.resolve().parent != DATA or (folder / "prepare.py").exists():
-        raise ValueError(f"--dataset={dataset}: give a new name, of a folder to be made in {DATA}")
-    count, characters = read_through(paths)
+        raise UserError(f"--dataset={dataset}: give a new name, of a folder to be made in {DATA}")
+    count, characters = 0, set()
+    for text, _ in pieces(paths):
+        count += len(text)
+        if tokenizer == "char":
+            characters.update(text)
     print(f"{len(paths)} files, {count:,} characters")
     meta = char_meta(characters) if tokenizer == "char" else {**GPT2, "tokenizer": tokenizer}
     encoder, cut = make_tokenizer(meta), int((1 - val_fraction) * count)
     meta["vocab_size"] = GPT2["vocab_size"] if tokenizer == "gpt2" else encoder.vocab_size
     if not 0 < cut < count:
-        raise ValueError(f"val_fraction={val_fraction} of {count} characters leaves a split empty")
-    splits = {"train": (0, cut), "val": (cut, count)}
-    write_dataset(folder, meta, **{k: encoded(paths, encoder, *splits[k]) for k in splits})
+        raise UserError(f"val_fraction={val_fraction} of {count} characters leaves a split empty")
+    write_dataset(
+        folder,
+        meta,
+        train=encoded(paths, encoder, 0, cut),
+        val=encoded(paths, encoder, cut, count),
+    )
 
 
 if __name__ == "__main__":

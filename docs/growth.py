@@ -1,7 +1,7 @@
 """Measure how a step and sampling grow with the settings; draw growth.png and print the table.
 
-    python data/stdlib_char/prepare.py && python assets/growth.py
-    python assets/growth.py --device=cuda --dtype=bfloat16
+    python data/stdlib_char/prepare.py && python docs/growth.py
+    python docs/growth.py --device=cuda --dtype=bfloat16
 
 Each point is a run of bench.py in a process of its own, with the settings on the command line.
 """
@@ -29,9 +29,6 @@ def measure(*options):
     command = [sys.executable, ROOT / "bench.py", *BASE.split(), "--seconds=6", *options]
     shown = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
     [memory] = re.findall(r"peak memory: (.*) GiB", shown)
-    if drawn := re.findall(r"sampling: 1 x (\d+) tokens, ([\d,.]+) tokens/s", shown):
-        [(tokens, rate)] = drawn
-        return int(tokens) / float(rate.replace(",", "")), float(memory)
     [median] = re.findall(r"median (.*) ms", shown)
     return float(median) / 1000, float(memory)
 

@@ -1,38 +1,89 @@
-"""What PyTorch also has, in less time or memory: the loss, dropout, attention, a linear layer.
+"""Parts of a GPT that take less time or memory than PyTorch's own, put into a built model.
 
-Each equals PyTorch's in value and gradient, or in distribution where it is random. model.py could
-do without: F.cross_entropy, nn.Dropout, F.scaled_dot_product_attention and nn.Linear take the same
-places.
+Each equals PyTorch's function in value and gradient, or in distribution where it is random. Without
+use_fast_parts() a model computes with F.cross_entropy, nn.Dropout, F.scaled_dot_product_attention
+and nn.Linear. What each gains is in docs/speed.md.
 """
 
+import ctypes
 import math
+import os
+from contextlib import suppress
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-LOGITS_AT_ONCE = 2**26  # numbers, of 4 bytes, in the loss
-FEW_LOGITS = 2**22  # so few are not worth a loop
-WEIGHTS_AT_ONCE = 2**18  # numbers, of 4 bytes, in attention with dropout: for a core's cache
+LOGITS_AT_ONCE = 2**26  # numbers, of 4 bytes, that the loss holds at once
+FEW_LOGITS = 2**22  # up to so many are computed at once, as PyTorch does
+WEIGHTS_AT_ONCE = 2**18  # numbers, of 4 bytes, in attention with dropout: they fit a core's cache
+LARGE_MATRIX = 2**19  # numbers from which on a linear layer gains with few rows
+
+
+def use_fast_parts(model, device):
+    """Let `model` compute with the functions below where `device` gains by them, in place.
+
+    Its parameters and their names stay. `model` has an `lm_head` and a method head_loss(x,
+    targets); an attention layer has an attribute `attend`, with the signature of
+    F.scaled_dot_product_attention.
+    """
+    model.head_loss = partial(head_loss, model.lm_head)
+    if device.type != "cpu":
+        return
+    keep_freed_memory()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.forward = partial(dropout, module)
+        elif isinstance(module, nn.Linear):
+            module.forward = partial(linear, module)
+        elif hasattr(module, "attend"):
+            module.attend = attend
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def keep_freed_memory():
+    """Let the C library keep what a step frees: getting it anew took a quarter of a step."""
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        with suppress(AttributeError, OSError, TypeError):  # there is no glibc
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def recompute_activations(blocks):
+    """Let each of `blocks` keep only its input and run again in the backward pass, in place.
+
+    Not on mps with dropout: there the second run draws other random numbers than the first.
+    """
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 # --- loss ----------------------------------------------------------------------------------------
 
 
-def head_loss(x, weight, targets):
-    """Return the mean cross-entropy of targets (N), -1 ignored, for x (N, C) and weight (V, C)."""
+def head_loss(head, x, targets):
+    """Return the mean cross-entropy of targets (B, T), -1 ignored, for x (B, T, C).
+
+    `head` is the linear layer that makes logits of x; all of them exist only where they are few.
+    """
+    x, targets, weight = x.flatten(0, 1), targets.flatten(), head.weight
     if len(x) * len(weight) <= FEW_LOGITS:
         return F.cross_entropy(F.linear(x, weight).float(), targets, ignore_index=-1)
     autocast = torch.is_autocast_enabled(x.device.type)
     dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
-    return HeadLoss.apply(x, weight, targets, dtype, torch.is_grad_enabled())
+    return LossInParts.apply(x, weight, targets, dtype, torch.is_grad_enabled())
 
 
-class HeadLoss(torch.autograd.Function):
-    """The same where the N * V logits would be the largest tensor of a step.
+class LossInParts(torch.autograd.Function):
+    """Mean cross-entropy of targets (N) for x (N, C) and weight (V, C), without N * V logits.
 
-    Here a few rows of them are made at a time, in `dtype`, and turned into both gradients while
-    they are there.
+    They would be the largest tensor of a step. A few rows of them are made at a time, in `dtype`,
+    and turned into the gradients of x and weight at once, so that none is kept for the backward
+    pass (Liger, arXiv:2410.10989).
     """
 
     @staticmethod
@@ -67,23 +118,20 @@ class HeadLoss(torch.autograd.Function):
 # --- dropout -------------------------------------------------------------------------------------
 
 
-class Dropout(nn.Dropout):
-    """In training, 0 with probability p for each element, which is else divided by 1 - p.
+def dropout(module, x):
+    """Return x with elements set to 0 with probability module.p, the others divided by 1 - p.
 
-    CPUs draw one number per element, one after the other: here one serves four. That rounds p to a
-    multiple of 2**-16; the division uses the rounded one, so that the mean stays.
+    PyTorch draws one random number per element on a CPU, one after the other; here one serves four.
+    That rounds p to a multiple of 2**-16. The division uses the rounded p, so the mean stays.
     """
-
-    def forward(self, x):
-        active = self.training and self.p > 0
-        if not active or x.device.type != "cpu" or torch.compiler.is_compiling():
-            return super().forward(x)
-        dropped = lanes_dropped(self.p)
-        return (x * keep_mask(x.shape, dropped)).mul_(2**16 / (2**16 - dropped))
+    if not module.training or module.p == 0 or torch.compiler.is_compiling():
+        return F.dropout(x, module.p, module.training)
+    dropped = lanes_dropped(module.p)
+    return (x * keep_mask(x.shape, dropped)).mul_(2**16 / (2**16 - dropped))
 
 
 def lanes_dropped(p):
-    """Return how many of the 2**16 values of a random number mean that an element is dropped."""
+    """Return how many of the 2**16 values of a 16-bit number stand for a dropped element."""
     return min(round(p * 2**16), 2**16 - 1)
 
 
@@ -101,10 +149,11 @@ def keep_mask(shape, dropped, generator=None):
 def attend(q, k, v, dropout_p=0.0, is_causal=False):
     """Return the attention (B, H, T, D) of q, k and v, as F.scaled_dot_product_attention does.
 
-    Where a CPU will go backward it is in float32: bfloat16's backward takes several times as long.
+    For a backward pass it is computed in float32: PyTorch's in bfloat16 takes 1.6 to 5 times as
+    long on a CPU.
     """
     options = {"dropout_p": dropout_p, "is_causal": is_causal}
-    if q.device.type != "cpu" or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return F.scaled_dot_product_attention(q, k, v, **options)
     with torch.autocast("cpu", enabled=False):
         q, k, v = q.float(), k.float(), v.float()
@@ -114,10 +163,11 @@ def attend(q, k, v, dropout_p=0.0, is_causal=False):
 
 
 class DroppedAttention(torch.autograd.Function):
-    """Causal attention (B, H, T, D) of q, k and v, its weights dropped out with probability p.
+    """Causal attention (B, H, T, D) of q, k and v, with dropout of its weights.
 
-    On CPUs PyTorch holds all B * H * T * T weights for that, masks and gradients too. Here a block
-    of them is made at a time, and made again, masks included, in the backward pass.
+    PyTorch holds all B * H * T * T weights for this on a CPU, with their masks and gradients. Here
+    a block of them is made at a time, and made again, mask included, in the backward pass
+    (FlashAttention, arXiv:2205.14135, section 3.1).
     """
 
     @staticmethod
@@ -150,9 +200,9 @@ class DroppedAttention(torch.autograd.Function):
 
 
 def blocks(q, k, seed, dropped):
-    """Yield the attention weights of q and k (N, T, D) block by block, with which to keep.
+    """Yield the attention weights of q and k (N, T, D) block by block, and which of them to keep.
 
-    As heads, rows and columns, three slices; then weights and mask (heads, rows, columns).
+    A block is heads, rows and columns, three slices, then weights and mask (heads, rows, columns).
     """
     (N, T, D), generator = q.shape, torch.Generator().manual_seed(seed)
     for first in range(0, T, 64):  # short blocks compute little that lies in the future
@@ -169,17 +219,16 @@ def blocks(q, k, seed, dropped):
 # --- linear --------------------------------------------------------------------------------------
 
 
-class Linear(nn.Linear):
-    """x @ weight.T + bias, as the transpose of weight @ x.T where a CPU has few rows, in sampling.
+def linear(module, x):
+    """Return x @ weight.T + bias, as the transpose of weight @ x.T for few rows, in sampling.
 
-    With 10 rows of 768 that took two thirds of the time, from 8 to 48 less, beyond them the same.
+    Matrix libraries repack the larger factor for few rows. From 8 to 48 rows, and a large matrix,
+    this way took 0.65 to 0.95 of the time; with other numbers it took longer.
     """
-
-    def forward(self, x):
-        if x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
-            return super().forward(x)
-        rows = x.numel() // x.size(-1)
-        if not 8 <= rows <= 48 or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
-        y = (self.weight @ x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
-        return y if self.bias is None else y + self.bias
+    rows = x.numel() // x.size(-1)
+    few = 8 <= rows <= 48 and module.weight.numel() >= LARGE_MATRIX
+    plain = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu")
+    if not few or plain or x.dtype != torch.float32:
+        return F.linear(x, module.weight, module.bias)
+    y = (module.weight @ x.reshape(rows, -1).t()).t().contiguous().view(*x.shape[:-1], -1)
+    return y if module.bias is None else y + module.bias

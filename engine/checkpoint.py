@@ -1,0 +1,192 @@
+"""A checkpoint: the state of a run, put into nanoGPT's ckpt.pt with more keys, and read from it."""
+
+import dataclasses
+import zipfile
+from dataclasses import dataclass
+
+import torch
+
+from engine.process import UserError, reason, user_path
+from engine.runtime import gather_on_rank_0, shard_like
+
+NAMES = "ckpt.pt", "last.pt", "best.pt"  # engine/folder.py says which is when
+
+
+# --- reading -------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path):
+    """Return what the file holds, on the CPU; tensors are read from it when they are first used.
+
+    Weights have nanoGPT's names without the prefix that torch.compile gave them there. Runs no
+    code, whatever the file holds. Raises UserError if it is no checkpoint or damaged.
+    """
+    try:
+        damaged = zipfile.ZipFile(path).testzip()  # 0.35 s per GB; torch.load ignores checksums
+        if damaged:
+            raise UserError(f"{damaged!r} in it is damaged")
+        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        lacks = missing_parts(saved)
+    except zipfile.BadZipFile:
+        why = "it was cut short or is another kind of file"
+        raise UserError(f"{path} cannot be read as a checkpoint: {why}") from None
+    except Exception as fault:  # damage can raise anything, but it runs nothing
+        raise UserError(f"{path} cannot be read as a checkpoint: {reason(fault)}") from None
+    if lacks:
+        raise UserError(f"{path} is no checkpoint: it lacks {', '.join(lacks)}")
+    if "tokenizer" not in saved:  # nanoGPT's: it names the machine that wrote it, not a wish
+        for name in ("device", "dtype", "compile", "backend"):
+            saved["config"].pop(name, None)
+    weights = {name.removeprefix("_orig_mod."): w for name, w in saved["model"].items()}
+    mask = ".attn.bias"  # of nanoGPT with PyTorch before 2.0
+    saved["model"] = {name: w for name, w in weights.items() if not name.endswith(mask)}
+    return saved
+
+
+def missing_parts(saved):
+    """Return the names of what a checkpoint must hold and this one does not, in the right type."""
+    needed = {"model": dict, "model_args": dict, "iter_num": int, "config": dict}
+    optional = {"optimizer": dict, "scaler": dict, "tokenizer": dict, "data": dict}
+    lacks = [key for key, kind in needed.items() if not isinstance(saved.get(key), kind)]
+    lacks += [key for key, kind in optional.items() if not isinstance(saved.get(key, {}), kind)]
+    return lacks
+
+
+def find_checkpoint(folder, name=None, newest=False):
+    """Return a checkpoint in `folder`; UserError where there is none.
+
+    The file called `name`; else the `newest`, to go on from; else ckpt.pt, which stands for the run
+    where it is evaluated or sampled from.
+    """
+    if name:
+        return read_checkpoint(folder / name)
+    paths = [folder / name for name in NAMES if (folder / name).exists()]
+    if not paths:
+        raise UserError(f"no ckpt.pt in {folder}; name the folder of a run with --out_dir")
+    found = map(read_checkpoint, paths if newest else paths[:1])
+    return max(found, key=lambda saved: saved["iter_num"])
+
+
+def checkpoint_to_resume(config):
+    """Return the checkpoint that a run with these settings goes on from, None for a new run."""
+    folder, name = user_path(config["out_dir"]), config["checkpoint_file"]
+    if config["init_from"] == "auto":
+        raise UserError("init_from=auto: say what to start from, and add --auto_resume=True")
+    if config["init_from"] != "resume" and not config["auto_resume"]:
+        return None
+    if config["auto_resume"] and not any((folder / name).exists() for name in NAMES):
+        return None
+    saved = find_checkpoint(folder, name, newest=not config["eval_only"])
+    if "optimizer" not in saved:
+        raise UserError(f"the checkpoint in {folder} holds no optimizer state to resume with")
+    return saved
+
+
+def model_config(config_class, saved, settings=None):
+    """Return the config of the saved model, a `config_class`, with the dropout of `settings`.
+
+    Raises UserError unless it is of that kind, possible, as `settings` has it, and of as many
+    layers as there are weights for: to build a false million of them would take hours.
+    """
+    settings = settings or {}
+    fields = {**dataclasses.asdict(config_class()), "gelu_tanh": saved.get("gelu_tanh", False)}
+    fields |= {**saved["model_args"], "dropout": settings.get("dropout", 0.0)}
+    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
+    possible = all(type(value) is kinds.get(name) for name, value in fields.items())
+    possible = possible and all(0 < v < 2**31 for v in fields.values() if type(v) is int)
+    if not possible or fields["n_embd"] % fields["n_head"]:
+        raise UserError(f"the checkpoint is of another kind of model: {fields}")
+    layers = sum(name.endswith(".ln_1.weight") for name in saved["model"])
+    if layers != fields["n_layer"]:
+        raise UserError(f"the weights have {layers} layers, the model {fields['n_layer']}")
+    for name in ("n_layer", "n_head", "n_embd", "bias"):
+        if settings.get(name, fields[name]) != fields[name]:
+            raise UserError(f"the checkpoint has {name}={fields[name]} and keeps it")
+    return config_class(**fields)
+
+
+def load_optimizer(optimizer, saved, device):
+    """Fill `optimizer` with the moments of `saved`, its state_dict(); the settings stay ours.
+
+    Moments of a position table that was cropped since are cropped too. Raises UserError where
+    they do not fit.
+    """
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    groups, state = saved.get("param_groups"), saved.get("state")
+    try:
+        for ours, theirs in zip(optimizer.param_groups, groups, strict=True):
+            theirs |= {key: value for key, value in ours.items() if key != "params"}
+        if len(state) not in (0, len(parameters)):
+            raise UserError(f"it has moments of {len(state)} tensors, the model {len(parameters)}")
+        for index, moments in state.items():
+            parameter = parameters[index]
+            for name in ("exp_avg", "exp_avg_sq"):
+                moment = moments[name][: len(parameter)].to(device, copy=True).contiguous()
+                if moment.shape != parameter.shape:
+                    shapes = f"{tuple(moment.shape)}, not {tuple(parameter.shape)}"
+                    raise UserError(f"tensor {index} has {name} of shape {shapes}")
+                moments[name] = shard_like(parameter, moment)
+            moments["step"] = moments["step"].clone()  # nothing keeps the file mapped
+        optimizer.load_state_dict(saved)
+    except (LookupError, TypeError, AttributeError, ValueError) as fault:
+        why = reason(fault)
+        raise UserError(f"the checkpoint's optimizer fits another model: {why}") from None
+
+
+# --- writing -------------------------------------------------------------------------------------
+
+
+@dataclass
+class State:
+    """All that a run is at a step, beside its settings: what a checkpoint saves and restores."""
+
+    model: torch.nn.Module  # the bare one: neither compiled nor wrapped names reach the file
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    tokenizer: dict  # the dataset's meta, so that sample.py needs no dataset
+    data: dict  # digest of each split, so that a resumed run notices other data
+    step: int = 0  # updates made
+    wandb_id: str | None = None
+
+    def restore(self, saved, config, runtime):
+        """Take over what the checkpoint `saved` holds beside the weights. Every rank must call it.
+
+        Raises UserError if the run would go on with other data than it was trained on.
+        """
+        dataset = config["dataset"]
+        if saved.get("tokenizer", self.tokenizer) != self.tokenizer:
+            raise UserError(f"dataset {dataset} is encoded unlike the checkpoint's data")
+        asked_for = config["new_data"] or dataset != saved["config"].get("dataset")
+        for split, was in saved.get("data", {}).items():
+            if was != self.data[split] and not (asked_for or config["eval_only"]):
+                raise UserError(
+                    f"{split}.bin of dataset {dataset} has changed: it had {was}, and has "
+                    f"{self.data[split]}; --new_data=True goes on with it"
+                )
+        load_optimizer(self.optimizer, saved["optimizer"], runtime.device)
+        if saved.get("scaler"):
+            self.scaler.load_state_dict(saved["scaler"])
+        self.step, self.wandb_id = saved["iter_num"], saved.get("wandb_id")
+        if runtime.reduce("min", self.step) != runtime.reduce("max", self.step):
+            raise UserError("machines resume from different steps: they must share out_dir")
+
+    def collect(self, step, best_val_loss, config, runtime):
+        """Return the content of a checkpoint; whole on rank 0. Every rank must call it."""
+        weights = self.model.state_dict()
+        del weights["lm_head.weight"]  # the same as the token table; put together once
+        weights = gather_on_rank_0(weights, runtime)
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        model_args = dataclasses.asdict(self.model.config)
+        return {
+            "model": weights,
+            "optimizer": gather_on_rank_0(self.optimizer.state_dict(), runtime),
+            "scaler": self.scaler.state_dict(),
+            "gelu_tanh": model_args.pop("gelu_tanh"),  # nanoGPT refuses an unknown argument
+            "model_args": model_args,
+            "iter_num": step,
+            "best_val_loss": best_val_loss,
+            "config": dict(config),
+            "tokenizer": self.tokenizer,
+            "data": self.data,
+            "wandb_id": self.wandb_id,
+        }

@@ -1,0 +1,164 @@
+"""The folder of a run: owned by it alone, an older run moved aside, newest and best state kept.
+
+    always_save_checkpoint    newest     best
+    True                      ckpt.pt    best.pt
+    False                     last.pt    ckpt.pt
+"""
+
+import math
+import os
+import shutil
+import socket
+
+import torch
+
+from engine.checkpoint import NAMES, read_checkpoint
+from engine.process import UserError, at_end, atomic, link, user_error
+from engine.runtime import unshard
+
+
+def check_writable(folder):
+    """Raise UserError unless files can be written to `folder`, which need not exist yet."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(f"out_dir={folder}: {place} is not a folder that can be written to")
+
+
+def claim(folder, runtime):
+    """Make this run the owner of `folder`, made if need be. Every rank must call it.
+
+    Raises UserError on rank 0, and ends the others, where another run owns it.
+    """
+    fault = ""
+    if runtime.rank == 0:
+        try:
+            with user_error(folder, OSError):
+                lock(folder)
+        except UserError as found:
+            fault = str(found)
+    if runtime.reduce("max", bool(fault)):
+        raise UserError(fault) if fault else SystemExit(1)
+
+
+def lock(folder):
+    """Lock `folder` until main or the process ends, in whatever way; UserError if that is taken.
+
+    Where files cannot be locked, nothing happens.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    at_end.append(file.close)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it, if not we
+    except BlockingIOError:
+        file.seek(0)
+        owner = file.read(200) or "another process"
+        raise UserError(f"{folder} is in use by {owner}; give another --out_dir, or wait") from None
+    except OSError:  # a file system without locks
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}")
+    file.flush()
+
+
+def set_aside(folder, runtime):
+    """Move what an older run left in `folder` to its `previous`, in place of what was there.
+
+    A run that never made a step is no loss, and does not replace one that did. Rank 0 acts.
+    """
+    if runtime.rank > 0:
+        return
+    old = [folder / name for name in (*NAMES, "log.jsonl") if (folder / name).exists()]
+    log, aside = folder / "log.jsonl", folder / "previous.new"  # there after a kill right here
+    if log.exists() and b'"grad_norm"' not in log.read_bytes():
+        for path in old:
+            path.unlink()
+        old = []
+    if not old and not aside.exists():
+        return
+    aside.mkdir(exist_ok=True)
+    for path in old:
+        os.replace(path, aside / path.name)
+    shutil.rmtree(folder / "previous", ignore_errors=True)
+    aside.rename(folder / "previous")
+    runtime.say(f"moved the older run in {folder} to {folder / 'previous'}")
+
+
+class Keeper:
+    """Keeps the newest and the best state of one run in `folder`."""
+
+    def __init__(self, folder, always_save, runtime, writes=True):
+        self.folder, self.runtime, self.writes = folder, runtime, writes
+        self.newest, self.best = ("ckpt.pt", "best.pt") if always_save else ("last.pt", "ckpt.pt")
+        self.step, self.best_val_loss = None, math.inf  # of the newest file; of the best
+
+    def resume(self, step):
+        """Go on with what is in the folder, under the names it has there; the newest is of `step`.
+
+        Where always_save_checkpoint has changed since, the names stay: both states are kept anyway.
+        """
+        if (self.folder / "last.pt").exists():
+            self.newest, self.best = "last.pt", "ckpt.pt"
+        elif (self.folder / "best.pt").exists():
+            self.newest, self.best = "ckpt.pt", "best.pt"
+        self.step, path = step, self.folder / self.best
+        if path.exists():
+            self.best_val_loss = float(read_checkpoint(path).get("best_val_loss", math.inf))
+
+    def save(self, state, step, losses, config):
+        """Write the state of `step` where it is new or the best; return whether that worked.
+
+        `losses` are those of an evaluation, or empty. Every rank must call it; rank 0 writes. The
+        best comes first: the newest knows its loss too, so a kill in between costs nothing. Raises
+        UserError rather than save a loss or a weight that is not finite.
+        """
+        size = unshard(torch.nn.utils.get_total_norm(state.model.parameters()))
+        if not math.isfinite(sum(losses.values()) + size.item()):
+            kept = self.what_is_kept()
+            raise UserError(f"step {step}: the loss or a weight is not finite; {kept}")
+        names, val_loss = [], losses.get("val", math.inf)
+        if val_loss < self.best_val_loss:
+            names.append(self.best)
+        if step != self.step:
+            names.append(self.newest)
+        if not self.writes or not names:
+            return True
+        best_val_loss = min(val_loss, self.best_val_loss)
+        content = state.collect(step, best_val_loss, config, self.runtime)
+        saved = True
+        if self.runtime.rank == 0:
+            saved = self.write(names, content)
+        self.best_val_loss = self.runtime.reduce("min", self.best_val_loss)
+        if self.runtime.reduce("min", saved):
+            self.step = step
+        return self.step == step
+
+    def write(self, names, content):
+        """Write a checkpoint under each of `names`; return False, once it is said, if one fails."""
+        for name in names:
+            try:
+                if name == names[0]:
+                    with atomic(self.folder / name) as file:
+                        torch.save(content, file)
+                else:
+                    link(self.folder / names[0], self.folder / name)
+            except (OSError, RuntimeError) as fault:
+                why = fault if isinstance(fault, OSError) else fault.__context__  # torch hides it
+                if not isinstance(why, OSError):
+                    raise
+                step = content["iter_num"]
+                self.runtime.say(f"step {step} is not saved: {why}; {self.what_is_kept()}")
+                return False
+            if name == self.best:
+                self.best_val_loss = content["best_val_loss"]
+        return True
+
+    def what_is_kept(self):
+        """Return a phrase on what there is to resume from."""
+        if self.step is None:
+            return "none was saved yet"
+        return f"{self.folder} keeps the checkpoint of step {self.step}"

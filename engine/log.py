@@ -1,0 +1,219 @@
+"""What a run says: lines on the console, log.jsonl, Weights & Biases; and what it watches for them.
+"""
+
+import json
+import math
+import os
+import signal
+import sys
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+
+import torch
+
+from engine.process import UserError, atomic, user_error
+
+
+class Log:
+    """The console lines of a run, its log.jsonl and its wandb run. Rank 0 prints and writes."""
+
+    def __init__(self, model, max_iters, runtime):
+        self.model, self.max_iters, self.runtime = model, max_iters, runtime
+        self.path = self.wandb = None  # until they are opened
+        self.waiting = []  # lines that found no room on the disk yet
+
+    def open(self, path, step, config):
+        """Write to `path` from now on, without what it has from `step` on or a crash cut off."""
+        if self.runtime.rank > 0:
+            return
+        kept = []
+        for line in path.read_bytes().splitlines() if path.exists() else ():
+            with suppress(ValueError, TypeError, KeyError):
+                if json.loads(line)["iter"] < step:
+                    kept.append(line + b"\n")
+        with user_error(path, OSError), atomic(path) as file:
+            file.writelines(kept)
+        self.path, runtime = path, self.runtime
+        chosen = {"device": str(runtime.device), "dtype": str(runtime.dtype).removeprefix("torch.")}
+        chosen |= {"compile": runtime.compile, "world_size": runtime.world_size}
+        self.record({"iter": step, "settings": {**config, **chosen}})
+
+    def open_wandb(self, folder, run_id, config):
+        """Log to the wandb run called `run_id`, or to a new one if that is None; return its id."""
+        if self.runtime.rank > 0:
+            return run_id
+        try:
+            import wandb
+
+            init = wandb.init  # a folder ./wandb of earlier runs can be imported, but has none
+        except (ImportError, AttributeError):
+            raise UserError("wandb_log=True needs wandb: pip install -e '.[wandb]'") from None
+        place = {"project": config["wandb_project"], "name": config["wandb_run_name"]}
+        try:
+            self.wandb = init(config=dict(config), id=run_id, resume="allow", dir=folder, **place)
+        except wandb.Error as fault:
+            raise UserError(f"wandb: {fault}; or set WANDB_MODE=offline") from None
+        return self.wandb.id
+
+    def record(self, entry):
+        """Append a dict to log.jsonl, where numbers that are not finite become null."""
+        if self.path is None:
+            return
+        bad = [k for k, v in entry.items() if isinstance(v, float) and not math.isfinite(v)]
+        self.waiting.append(json.dumps({**entry, **dict.fromkeys(bad)}) + "\n")  # JSON has no NaN
+        if self.wandb and "settings" not in entry:  # which it got when it was opened
+            self.wandb.log(entry, step=entry["iter"])
+        self.write_waiting()
+
+    def write_waiting(self):
+        """Write the lines that wait, all or none; say so where the disk has no room."""
+        if not self.waiting:
+            return
+        size = self.path.stat().st_size if self.path.exists() else 0
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.writelines(self.waiting)
+            self.waiting.clear()
+        except OSError as fault:
+            with suppress(OSError):
+                os.truncate(self.path, size)  # no half a line
+            if len(self.waiting) == 1:
+                self.runtime.say(f"{self.path} waits: {fault.strerror}")
+
+    def describe(self, data, sizes, steps):
+        """Print what will run; `data` is a name, `sizes` the tokens of its splits."""
+        model, say = self.model, self.runtime.say
+        tokens = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
+        millions, megaflops = model.get_num_params() / 1e6, model.flops_per_token() / 1e6
+        say(f"hardware: {self.runtime.about}")
+        say(f"data: {data}, {tokens} tokens, vocabulary {model.config.vocab_size:,}")
+        say(f"model: {millions:.2f}M parameters, {megaflops:,.0f} MFLOPs per token")
+        say(f"steps: {steps}")
+
+    def evaluation(self, step, losses):
+        """Print and record the mean loss of each split, if there was an evaluation."""
+        if not losses:
+            return
+        train, val = losses["train"], losses["val"]
+        self.runtime.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}")
+        self.record({"iter": step, "train/loss": train, "val/loss": val})
+
+    def step(self, step, loss, grad_norm, lr, tokens, seconds):
+        """Print and record the figures of a step of `tokens` tokens that took `seconds`.
+
+        Every rank must call it: the loss is the mean over all of them. Syncs the device.
+        """
+        world_size = self.runtime.world_size
+        loss, grad_norm = self.runtime.reduce("sum", loss.item()) / world_size, grad_norm.item()
+        peak_flops, rate = self.runtime.peak_flops(), tokens / seconds
+        mfu = self.model.estimate_mfu(tokens / world_size, seconds, peak_flops)
+        speed = f"{rate:,.0f} tok/s, mfu {mfu:.2%}" if mfu else f"{rate:,.0f} tok/s"
+        left = timedelta(seconds=round((self.max_iters - step - 1) * seconds))
+        self.runtime.say(
+            f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}, "
+            f"norm {grad_norm:.2f}, {left} left"
+        )
+        entry = {"iter": step, "loss": loss, "grad_norm": grad_norm, "ms": seconds * 1000}
+        self.record({**entry, "lr": lr, "tokens_per_second": rate, "mfu": mfu})
+
+    def progress(self, step):
+        """Show on a terminal that a step without a line of its own was made."""
+        if sys.stdout.isatty():
+            self.runtime.say(f"step {step} of {self.max_iters}", end="\r")  # till the next line
+
+
+def finish(stopped, saved, keeper, log):
+    """Say what a run leaves behind; end with another status than 0 where it was cut short.
+
+    `stopped` is the signal that ended it, or 0; `saved` whether its last state is on the disk.
+    """
+    folder, say = keeper.folder, log.runtime.say
+    if stopped:
+        go_on = f"go on with --init_from=resume --out_dir={folder}"
+        say(f"{signal.Signals(stopped).name}: {keeper.what_is_kept()}; {go_on}")
+    elif keeper.best_val_loss < math.inf:
+        say(f"best model: {folder / keeper.best}, val loss {keeper.best_val_loss:.4f}")
+    log.write_waiting()
+    if log.waiting or not saved:
+        raise SystemExit(1)  # it was said why
+    if stopped:
+        raise SystemExit(128 + stopped)
+
+
+class StepTimer:
+    """Seconds per step, between points where the device was waited for; pauses do not count."""
+
+    def __init__(self, step, runtime):
+        self.runtime, self.step, self.began = runtime, step, runtime.now()
+
+    @contextmanager
+    def paused(self):
+        began = self.runtime.now()
+        yield
+        self.began += self.runtime.now() - began
+
+    def seconds_per_step(self, step):
+        """Return the mean since the last call, now that `step` steps are made. Syncs the device."""
+        now = self.runtime.now()
+        mean = (now - self.began) / (step - self.step)
+        self.step, self.began = step, now
+        return mean
+
+
+class BadSteps:
+    """Counts steps in a row that made no update, on the device, so that counting needs no sync.
+
+    In float16 a gradient overflows now and then while the scaler looks for the largest scale that
+    does not. That is normal as long as the loss is finite and the scale has room to fall, above 1,
+    and is not counted. In other types the scale is 1: each gradient that is not finite counts.
+    """
+
+    def __init__(self, limit, runtime):
+        self.limit, self.runtime = limit, runtime
+        self.in_a_row = torch.zeros((), device=runtime.device)
+        self.most = torch.zeros((), device=runtime.device)  # ever seen in a row
+
+    def add(self, loss, grad_norm, scaler):
+        scale = scaler.scale(torch.ones_like(loss))
+        overflow_is_normal = loss.isfinite() & (scale > 1)
+        fine = grad_norm.isfinite() | overflow_is_normal
+        self.in_a_row = torch.where(fine, 0, self.in_a_row + 1)
+        self.most = torch.maximum(self.most, self.in_a_row)
+        self.loss, self.grad_norm = loss, grad_norm
+
+    def check(self, step, keeper):
+        """Raise UserError after `limit` of them. Every rank must call it."""
+        if self.runtime.reduce("max", self.most.item()) >= self.limit:  # syncs the device
+            raise UserError(
+                f"{self.limit} steps in a row had no finite gradient, seen at step {step}: "
+                f"loss {self.loss.item():.4f}, gradient norm {self.grad_norm.item():.4f}; "
+                f"{keeper.what_is_kept()}; lower --learning_rate"
+            )
+
+
+def time_laps(work, most, limit, runtime):
+    """Return seconds per call of work(1), work(2), ..., for `most` calls or `limit` seconds.
+
+    Each is the mean of a lap of up to 10 calls, as between log lines: waiting for the device costs
+    little then.
+    """
+    began, times, index, lap = runtime.now(), [], 1, 1
+    # Ranks have clocks of their own and must agree when to stop: the slowest counts.
+    while index <= most and runtime.reduce("max", runtime.now() - began) < limit:
+        lap_began = runtime.now()
+        for _ in range(lap):
+            work(index)
+            index += 1
+        times.append(runtime.reduce("max", runtime.now() - lap_began) / lap)
+        lap = max(1, min(10, round(0.1 / times[-1])))
+    return times
+
+
+def peak_memory(runtime):
+    """Return the most memory used so far in bytes, of the GPU or else of this process."""
+    if runtime.device.type == "cuda":
+        return torch.cuda.max_memory_allocated(runtime.device)
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
