@@ -161,10 +161,10 @@ def build_model(saved, meta, config, device):
             check_vocabulary(meta, 50257)  # before anything is downloaded
         model = GPT.from_pretrained(init_from, dropout, device)
         check_vocabulary(meta, model.config.vocab_size)
-    longest = model.config.block_size
-    if block_size > longest:
+    if block_size > model.config.block_size:
         raise UserError(
-            f"block_size={block_size} exceeds the model's {longest}; lower --block_size"
+            f"block_size={block_size} exceeds the model's {model.config.block_size}; "
+            f"lower --block_size"
         )
     model.crop_block_size(block_size)
     return model
@@ -177,6 +177,8 @@ def build_state(saved, meta, data, config, runtime):
         tokens.limit(model.config.vocab_size)
     if fast_parts:
         use_fast_parts(model, runtime.device)
+    if activation_checkpointing and dropout and runtime.device.type == "mps":
+        raise UserError("activation_checkpointing on mps needs --dropout=0: it draws other masks")
     if activation_checkpointing:
         recompute_activations(model.transformer.h)
     if fsdp and runtime.world_size > 1:
@@ -341,10 +343,9 @@ def describe(changes, state, data, log):
     steps = f"{state.step} to {max_iters}, of {tokens_per_step():,} tokens each"
     log.describe(dataset, {split: len(data[split].ids) for split in data}, steps)
     if decay_lr and last_decay_step() > max_iters:
-        share = learning_rate_at(max_iters) / learning_rate
         log.runtime.say(
-            f"schedule: it ends at {share:.0%} of learning_rate, because "
-            f"lr_decay_iters={lr_decay_iters} lies beyond max_iters"
+            f"schedule: it ends at {learning_rate_at(max_iters):.2g}, not at min_lr, because "
+            f"lr_decay_iters={lr_decay_iters} lies beyond max_iters={max_iters}"
         )
 
 

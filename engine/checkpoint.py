@@ -72,9 +72,8 @@ def checkpoint_to_resume(config):
     folder, name = user_path(config["out_dir"]), config["checkpoint_file"]
     if config["init_from"] == "auto":
         raise UserError("init_from=auto: say what to start from, and add --auto_resume=True")
-    if config["init_from"] != "resume" and not config["auto_resume"]:
-        return None
-    if config["auto_resume"] and not any((folder / name).exists() for name in NAMES):
+    begun = any((folder / name).exists() for name in NAMES)
+    if config["init_from"] != "resume" and not (config["auto_resume"] and begun):
         return None
     saved = find_checkpoint(folder, name, newest=not config["eval_only"])
     if "optimizer" not in saved:

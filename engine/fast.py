@@ -54,10 +54,7 @@ def keep_freed_memory():
 
 
 def recompute_activations(blocks):
-    """Let each of `blocks` keep only its input and run again in the backward pass, in place.
-
-    Not on mps with dropout: there the second run draws other random numbers than the first.
-    """
+    """Let each of `blocks` keep only its input and run again in the backward pass, in place."""
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 

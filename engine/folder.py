@@ -106,8 +106,10 @@ class Keeper:
         elif (self.folder / "best.pt").exists():
             self.newest, self.best = "ckpt.pt", "best.pt"
         self.step, path = step, self.folder / self.best
-        if path.exists():
-            self.best_val_loss = float(read_checkpoint(path).get("best_val_loss", math.inf))
+        best_val_loss = math.inf
+        if self.runtime.rank == 0 and path.exists():
+            best_val_loss = float(read_checkpoint(path).get("best_val_loss", math.inf))
+        self.best_val_loss = self.runtime.reduce("min", best_val_loss)
 
     def save(self, state, step, losses, config):
         """Write the state of `step` where it is new or the best; return whether that worked.

@@ -122,7 +122,7 @@ class Payload:
 
 
 def save_pretrained(folder, **sizes):
-    """Save a tiny, random model of GPT-2's shape, as transformers does; skip without transformers."""
+    """Save a tiny, random model of the shape of GPT-2; skip without transformers."""
     transformers = pytest.importorskip("transformers")
     shape = {"n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32, "vocab_size": 21, **sizes}
     torch.manual_seed(0)

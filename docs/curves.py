@@ -1,0 +1,82 @@
+"""Draw curves.png: the losses of a run that was left alone, and of one that was killed five times.
+
+    python data/stdlib_char/prepare.py && python docs/curves.py
+
+Trains twice what config/train_stdlib_char.py says. The second run gets `kill -9` at five random
+moments and is started again with --auto_resume each time; both log.jsonl must agree in every digit.
+"""
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = "--eval_interval=50 --log_interval=5 --eval_iters=4 --auto_resume=True".split()
+KILLS = 5
+
+
+def command(folder):
+    script, config = ROOT / "train.py", ROOT / "config" / "train_stdlib_char.py"
+    return [sys.executable, script, config, *OPTIONS, f"--out_dir={folder}", *sys.argv[1:]]
+
+
+def figures(folder, key):
+    """Return the steps and values of `key` in the log of `folder`."""
+    lines = Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()
+    entries = [entry for entry in map(json.loads, lines) if key in entry]
+    return [entry["iter"] for entry in entries], [entry[key] for entry in entries]
+
+
+def train_and_kill(folder, steps):
+    """Train in `folder`, killed once in each sixth of the run; return the steps it had reached."""
+    kills, moments = [], random.Random(1)
+    for index in range(KILLS):
+        wanted = steps * (index + moments.uniform(0.3, 1)) / (KILLS + 1)
+        run = subprocess.Popen(command(folder), stdout=subprocess.PIPE, text=True)
+        for line in run.stdout:
+            if line.startswith("iter ") and int(line.split(":")[0][5:]) >= wanted:
+                kills.append(int(line.split(":")[0][5:]))
+                run.kill()
+        run.wait()
+    subprocess.run(command(folder), check=True)
+    return kills
+
+
+def draw(left_alone, killed, kills):
+    """Draw the two curves over one another, with a line at each kill."""
+    figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
+    axes.plot(*left_alone, color="0.8", linewidth=6, label="left alone")
+    axes.plot(*killed, color="tab:blue", linewidth=1, label="killed and resumed")
+    for step in kills:
+        axes.axvline(step, color="tab:red", linewidth=1, linestyle="--")
+    axes.axvline(kills[0], color="tab:red", linewidth=1, linestyle="--", label="kill -9")
+    axes.set(xlabel="step", ylabel="training loss", xlim=(0, None))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    figure.savefig(ROOT / "assets" / "curves.png", dpi=110)
+
+
+def main():
+    if not (ROOT / "data" / "stdlib_char" / "train.bin").exists():
+        raise SystemExit("error: first: python data/stdlib_char/prepare.py")
+    folder = Path(tempfile.mkdtemp())
+    subprocess.run(command(folder / "alone"), check=True)
+    left_alone = figures(folder / "alone", "loss")
+    kills = train_and_kill(folder / "killed", left_alone[0][-1])
+    killed = figures(folder / "killed", "loss")
+    evaluations = [figures(folder / name, "val/loss") for name in ("alone", "killed")]
+    same = left_alone == killed and evaluations[0] == evaluations[1]
+    print(f"killed at steps {kills}; all losses {'equal' if same else 'DIFFER'}")
+    draw(left_alone, killed, kills)
+    shutil.rmtree(folder)
+    raise SystemExit(not same)
+
+
+if __name__ == "__main__":
+    main()
