@@ -368,9 +368,9 @@ def main(config):
     state = build_state(saved, meta, data, config, runtime)
     model = prepare_model(state, batches, runtime)
     keeper, log = open_folder(saved, state, config, runtime)
+    del saved  # and with it the mapping of its file
     describe(changes, state, data, log)
-    timer = StepTimer(state.step, runtime)
-    bad_steps = BadSteps(max_bad_steps, runtime)
+    timer, bad_steps = StepTimer(state.step, runtime), BadSteps(max_bad_steps, runtime)
 
     for step in range(state.step, max(state.step, max_iters) + 1):
         stopped = runtime.stop_requested()

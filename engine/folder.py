@@ -34,6 +34,8 @@ def claim(folder, runtime):
         try:
             with user_error(folder, OSError):
                 lock(folder)
+                for path in folder.glob("*.tmp"):  # of a run that was killed in a save
+                    path.unlink()
         except UserError as found:
             fault = str(found)
     if runtime.reduce("max", bool(fault)):

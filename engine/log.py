@@ -1,5 +1,4 @@
-"""What a run says: lines on the console, log.jsonl, Weights & Biases; and what it watches for them.
-"""
+"""What a run says, on the console, in log.jsonl and to Weights & Biases; and what it measures."""
 
 import json
 import math
@@ -174,6 +173,7 @@ class BadSteps:
         self.most = torch.zeros((), device=runtime.device)  # ever seen in a row
 
     def add(self, loss, grad_norm, scaler):
+        """Take note of a step's loss and gradient norm, tensors on the device."""
         scale = scaler.scale(torch.ones_like(loss))
         overflow_is_normal = loss.isfinite() & (scale > 1)
         fine = grad_norm.isfinite() | overflow_is_normal
