@@ -70,13 +70,15 @@ def lock(folder):
 def set_aside(folder, runtime):
     """Move what an older run left in `folder` to its `previous`, in place of what was there.
 
-    A run that never made a step is no loss, and does not replace one that did. Rank 0 acts.
+    A run that never made a step is deleted: it does not replace one that did. Rank 0 acts.
     """
     if runtime.rank > 0:
         return
     old = [folder / name for name in (*NAMES, "log.jsonl") if (folder / name).exists()]
     log, aside = folder / "log.jsonl", folder / "previous.new"  # there after a kill right here
-    if log.exists() and b'"grad_norm"' not in log.read_bytes():
+    lines = log.read_bytes().splitlines() if log.exists() else []
+    at_start = [line.startswith(b'{"iter": 0,') and b"grad_norm" not in line for line in lines]
+    if lines and all(at_start):
         for path in old:
             path.unlink()
         old = []
