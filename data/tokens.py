@@ -17,7 +17,7 @@ from contextlib import ExitStack
 import numpy as np
 import torch
 
-from engine.process import UserError, atomic, user_error
+from engine.process import UserError, atomic, reason, user_error
 
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50304}  # 50,257 padded to a multiple of 64 for speed
 SCAN_BYTES = 2**27  # files up to this size are searched whole for ids beyond the vocabulary
@@ -66,8 +66,8 @@ def read_meta(folder):
             CharTokenizer(meta)
         return meta
     except Exception as fault:  # garbage can raise anything, but it runs nothing
-        reason = " ".join(f"{type(fault).__name__}: {fault}".split())
-        raise UserError(f"{path} describes no dataset ({reason}); prepare it again") from None
+        why = reason(fault)
+        raise UserError(f"{path} describes no dataset ({why}); prepare it again") from None
 
 
 class TokenFile:
@@ -209,8 +209,8 @@ class BPETokenizer:
             self.encoding = tiktoken.get_encoding(meta["tokenizer"])
         except (OSError, ValueError) as fault:  # no network, no such encoding
             advice = "offline, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled elsewhere"
-            reason = str(fault).partition("\n")[0].partition("(")[0]
-            raise UserError(f"no tokenizer {meta['tokenizer']}: {reason}; {advice}") from None
+            why = str(fault).partition("\n")[0].partition("(")[0]
+            raise UserError(f"no tokenizer {meta['tokenizer']}: {why}; {advice}") from None
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         self.opening = self.eot
 

@@ -52,7 +52,7 @@ def lock(folder):
         import fcntl
     except ImportError:  # Windows
         return
-    file = open(folder / ".lock", "a+", encoding="utf-8")  # noqa: SIM115
+    file = open(folder / ".lock", "a+", encoding="utf-8")
     at_end.append(file.close)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it, if not we
@@ -81,6 +81,7 @@ def set_aside(folder, runtime):
     if lines and all(at_start):
         for path in old:
             path.unlink()
+        runtime.say(f"deleted the older run in {folder}, which had made no step")
         old = []
     if not old and not aside.exists():
         return

@@ -38,6 +38,7 @@ def pieces(paths):
         rest = ""
         with (
             user_error(f"{path} is not UTF-8 text", UnicodeDecodeError),
+            user_error(path, OSError),
             open(path, encoding="utf-8") as file,
         ):
             while text := file.read(PIECE):
