@@ -30,8 +30,7 @@ eval_interval = 2000                # steps between evaluations, each followed b
 log_interval = 1                    # steps between log lines
 eval_iters = 200                    # evaluate at most this many batches per split
 eval_only = False                   # evaluate once, write nothing, stop
-always_save_checkpoint = True       # True: ckpt.pt is the newest model, best.pt the best;
-                                    # False: ckpt.pt is the best, last.pt the newest
+always_save_checkpoint = True       # ckpt.pt is the newest model; False: the best one
 init_from = "scratch"               # scratch, resume, gpt2, gpt2-xl, OWNER/NAME, a folder
 auto_resume = False                 # resume where out_dir holds a checkpoint, else use init_from
 checkpoint_file: str | None = None  # resume from this file in out_dir; None: from the newest
