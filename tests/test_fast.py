@@ -1,12 +1,15 @@
-"""The loss, dropout and attention of fast.py: equal to PyTorch's, or alike in distribution."""
+"""Each part of engine/fast.py equals PyTorch's, or is alike in distribution."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-import fast
+from engine import fast
+from model import GPT, GPTConfig
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -18,21 +21,25 @@ def test_the_loss_in_parts_equals_the_plain_one(monkeypatch, at_once, dtype):
     targets = torch.randint(100, (40,))
     targets[:7] = -1
     x.requires_grad_(), weight.requires_grad_()
-    loss = fast.HeadLoss.apply(x, weight, targets, dtype, True)
+    loss = fast.LossInParts.apply(x, weight, targets, dtype, True)
     found = loss, *torch.autograd.grad(3 * loss, (x, weight))
     plain = F.cross_entropy((x.to(dtype) @ weight.to(dtype).t()).float(), targets, ignore_index=-1)
     expected = plain, *torch.autograd.grad(3 * plain, (x, weight))
     bound = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-3, "rtol": 2e-2}
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, **bound)
-    assert torch.equal(fast.HeadLoss.apply(x, weight, targets, dtype, False), loss)
+    assert torch.equal(fast.LossInParts.apply(x, weight, targets, dtype, False), loss)
+
+
+def dropout(p):
+    return partial(fast.dropout, nn.Dropout(p))
 
 
 @pytest.mark.parametrize("p", [0.1, 0.2, 0.5, 0.999])
 def test_dropout_keeps_its_mean_and_rate(p):
     torch.manual_seed(0)
     x = torch.ones(1_000_003, requires_grad=True)
-    y = fast.Dropout(p)(x)
+    y = dropout(p)(x)
     kept = y > 0
     spread = math.sqrt(p * (1 - p) / len(x))
     assert abs(kept.float().mean().item() - (1 - p)) < 5 * spread
@@ -46,10 +53,10 @@ def test_dropout_keeps_its_mean_and_rate(p):
 
 def test_dropout_of_nothing_and_of_almost_everything():
     x = torch.randn(1000)
-    assert torch.equal(fast.Dropout(0.2).eval()(x), x)
-    assert torch.equal(fast.Dropout(0.0)(x), x)
-    assert torch.equal(fast.Dropout(1e-9)(x), x)
-    assert fast.Dropout(1 - 1e-9)(x).isfinite().all()
+    assert torch.equal(fast.dropout(nn.Dropout(0.2).eval(), x), x)
+    assert torch.equal(dropout(0.0)(x), x)
+    assert torch.equal(dropout(1e-9)(x), x)
+    assert dropout(1 - 1e-9)(x).isfinite().all()
 
 
 def test_dropout_is_drawn_from_torchs_generator():
@@ -58,7 +65,7 @@ def test_dropout_is_drawn_from_torchs_generator():
     def draw(seed):
         torch.manual_seed(seed)
         y = fast.attend(q, k, v, dropout_p=0.2, is_causal=True)
-        return y, *torch.autograd.grad(fast.Dropout(0.2)(y).sum(), (q, k, v))
+        return y, *torch.autograd.grad(dropout(0.2)(y).sum(), (q, k, v))
 
     for one, two, other in zip(draw(1), draw(1), draw(2), strict=True):
         assert torch.equal(one, two) and not torch.equal(one, other)
@@ -106,12 +113,41 @@ def test_attention_with_dropout_drops_weights_and_keeps_their_mean(dtype):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (10, 1), (1, 48), (3, 16), (49,), (8,)])
-def test_a_linear_layer_of_few_rows_equals_the_plain_one(shape, bias):
-    layer, x = fast.Linear(32, 96, bias), torch.randn(*shape, 32)
+def test_a_linear_layer_of_few_rows_equals_the_plain_one(monkeypatch, shape, bias):
+    monkeypatch.setattr(fast, "LARGE_MATRIX", 0)
+    layer, x = nn.Linear(32, 96, bias), torch.randn(*shape, 32)
     plain = F.linear(x, layer.weight, layer.bias)
     with torch.inference_mode():
-        found = layer(x)
+        found = fast.linear(layer, x)
         assert found.is_contiguous() and found.shape == plain.shape
         torch.testing.assert_close(found, plain.detach())
-    layer(x).sum().backward()
+    fast.linear(layer, x).sum().backward()
     assert layer.weight.grad is not None
+
+
+@pytest.mark.parametrize("few", [0, 2**22])
+def test_a_model_with_the_parts_has_the_losses_and_gradients_of_the_plain_one(monkeypatch, few):
+    monkeypatch.setattr(fast, "FEW_LOGITS", few)
+    config = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
+    torch.manual_seed(0)
+    plain = GPT(config)
+    quick = GPT(config)
+    quick.load_state_dict(plain.state_dict())
+    fast.use_fast_parts(quick, torch.device("cpu"))
+    assert list(quick.state_dict()) == list(plain.state_dict())
+    tokens = torch.randint(40, (3, 17))
+    for model in (plain, quick):
+        model(tokens[:, :-1], tokens[:, 1:], loss_only=True).backward()
+    for (name, mine), theirs in zip(quick.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, msg=name)
+    logits, loss = quick(tokens[:, :-1], tokens[:, 1:])
+    torch.testing.assert_close(logits, plain(tokens[:, :-1], tokens[:, 1:])[0])
+    torch.testing.assert_close(quick(tokens[:, :-1], tokens[:, 1:], loss_only=True), loss)
+
+
+def test_attention_of_a_backward_pass_in_bfloat16_is_that_of_float32():
+    q, k, v = torch.randn(3, 2, 3, 16, 8, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = fast.attend(q, k, v, is_causal=True)
+    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    assert torch.equal(found, expected)
