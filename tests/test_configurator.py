@@ -92,8 +92,8 @@ def test_an_argument_becomes_a_value_of_the_type_of_its_setting(configure, argum
         (["--most=x"], "error: most must be int or None, got 'x'"),
         (["count=1"], "error: no config file 'count=1'; a setting is given as --key=value"),
         (["no.py"], "error: no config file 'no.py'; a setting is given as --key=value"),
-        (["--count=x", "--flag=x"], "error: count must be int, got 'x'\n"
-                                    "error: flag must be bool, got 'x'"),
+        (["--count=x", "--flag=x"],
+         "error: count must be int, got 'x'\nerror: flag must be bool, got 'x'"),
     ],
 )  # fmt: skip
 def test_a_mistake_gets_its_line(configure, arguments, line):
@@ -156,11 +156,33 @@ def test_help_lists_each_setting_under_its_heading(configure, capsys):
     assert shown.count("per second") == 1 and "HIDDEN" not in shown
 
 
-def test_restore_takes_the_saved_settings_except_for_flags(configure, tmp_path):
+def test_a_resumed_run_takes_the_saved_settings_except_for_flags(configure, tmp_path):
     (tmp_path / "c.py").write_text("rate = 0.25")
     config = configure("c.py", "--count=7", "--name=here")
     saved = {"count": 9, "rate": 0.75, "name": "there", "flag": True, "unknown": 1}
-    lines = configurator.restore(configure.namespace, saved, config, keep=("name",))
+    lines = configurator.take_over(config, saved, keep=("name",))
     assert config == {**config, "count": 7, "rate": 0.75, "name": "here", "flag": True}
-    assert configure.namespace["rate"] == 0.75
     assert lines == ["rate: stays 0.75; only --rate=0.25 changes it", "count: 9 -> 7"]
+    with pytest.raises(ValueError, match="^rate must be float, got 'fast'$"):
+        configurator.take_over(config, {"rate": "fast"}, keep=())
+
+
+def test_the_table_of_ranges_bounds_numbers(configure):
+    configure.namespace["RANGES"] = {"rate": (0, 1), "count": (1, 100), "most": (0, 10)}
+    assert configure("--rate=0", "--count=99", "--most=None")["count"] == 99
+    with pytest.raises(SystemExit) as stop:
+        configure("--rate=1", "--count=0", "--most=-1")
+    assert stop.value.code == (
+        "error: rate=1.0 must be at least 0 and below 1\n"
+        "error: count=0 must be at least 1 and below 100\n"
+        "error: most=-1 must be at least 0 and below 10"
+    )
+
+
+def test_a_default_may_use_another_setting(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["other.py"])
+    source = "# First\nrate = 0.5  # per second\nslow = rate / 10  # at least\n"
+    (tmp_path / "other.py").write_text(source)
+    namespace = {"__file__": str(tmp_path / "other.py"), "__doc__": ""}
+    exec(source, namespace)
+    assert configurator.configure(namespace) == {"rate": 0.5, "slow": 0.05}

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEXT, TINY
-from test_mistakes import Payload
+from conftest import TEXT, TINY, Payload
 
 import configurator
 import train
 from data.tokens import char_meta, make_tokenizer, read_meta
-from model import GPT, GPTConfig, read_checkpoint
+from engine.checkpoint import model_config, read_checkpoint
+from engine.process import UserError, explain
+from model import GPT, GPTConfig
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import HealthCheck, example, given, settings  # noqa: E402
@@ -46,14 +47,15 @@ def lines_or_result(function, *arguments):
         return function(*arguments)
     except SystemExit as stop:
         assert all(line.startswith("error: ") for line in stop.code.splitlines()), stop.code
-    except ValueError as fault:  # one_line_errors() makes it "error: ..."
-        assert str(fault) and "\n" not in str(fault), fault
+    except (UserError, RuntimeError, FloatingPointError) as fault:
+        text = explain(fault, {})  # what one_line_errors() shows; None of a bug
+        assert text and "\n" not in text, fault
     return None
 
 
 # --- settings ------------------------------------------------------------------------------------
 
-NAMES = sorted(configurator.read_settings(train.__file__))
+NAMES = sorted(configurator.read_settings(vars(train)))
 VALUES = ["", "0", "-1", "1", "1e9", "1e999", "nan", "True", "none", "x", "[", "'", "10**9", "()"]
 VALUES += ["9" * 5000, "((" * 300, "-" * 5000 + "1", "\ud800", "1_0", "0x1F", "1j", "b'x'", "..."]
 value = st.sampled_from(VALUES) | st.text(max_size=20)
@@ -80,7 +82,7 @@ def configure(words, monkeypatch):
 @both
 def test_any_command_line_is_understood_or_gets_lines(tmp_path, monkeypatch, amount):
     monkeypatch.chdir(tmp_path)
-    known = configurator.read_settings(train.__file__)
+    known = configurator.read_settings(vars(train))
 
     @examples(amount)
     @given(st.lists(word.filter(lambda word: word not in ("--help", "-h")), max_size=4))
@@ -171,8 +173,8 @@ def test_a_damaged_checkpoint_is_refused_or_whole(tmp_path, monkeypatch, amount)
     optimizer = model.configure_optimizers(0.1, 1e-3, (0.9, 0.95), "cpu")
     model(torch.zeros(1, 4, dtype=torch.long), torch.zeros(1, 4, dtype=torch.long))[1].backward()
     optimizer.step()
-    whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": 1}
-    whole |= {"model_args": model.config.saved(), "config": {"dataset": "x"}, "tokenizer": {}}
+    whole = {"model": dict(model.state_dict()), "optimizer": optimizer.state_dict(), "iter_num": 1}
+    whole |= {"model_args": vars(model.config), "config": {"dataset": "x"}, "tokenizer": {}}
     path = tmp_path / "ckpt.pt"
     torch.save({**whole, "config": Payload()}, path)
     code = path.read_bytes()
@@ -189,7 +191,7 @@ def test_a_damaged_checkpoint_is_refused_or_whole(tmp_path, monkeypatch, amount)
         found = lines_or_result(read_checkpoint, path)
         if found:
             assert repr(found) == repr(whole)  # of a tensor that is all its numbers
-            config = GPTConfig.restored(found["model_args"])
+            config = model_config(GPTConfig, found)
             state = GPT.from_state(config, found["model"]).state_dict()
             assert all(torch.equal(state[key], whole["model"][key]) for key in whole["model"])
 

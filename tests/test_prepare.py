@@ -1,0 +1,239 @@
+"""The prepare scripts: counts, bytes and tokens against references, and what they refuse."""
+
+import importlib
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SHARED, TEXT
+
+from data.tokens import GPT2, BPETokenizer, make_tokenizer, read_meta
+
+
+@pytest.fixture
+def prepare(launch, tmp_path, monkeypatch):
+    """Run data/NAME/prepare.py with `tmp_path` in place of its folder."""
+
+    def run(name, *arguments):
+        script = importlib.import_module(f"data.{name}.prepare")
+        monkeypatch.setattr(script, "DATA" if name == "text" else "FOLDER", tmp_path)
+        return launch(script, *arguments)
+
+    return run
+
+
+def read(path):
+    return np.fromfile(path, np.uint16).tolist()
+
+
+@pytest.fixture
+def shakespeare():
+    path = SHARED / "tinyshakespeare.txt"
+    if not path.exists():
+        pytest.skip("no copy of Tiny Shakespeare beside the project")
+    return path
+
+
+def test_shakespeare_has_its_counts_in_characters(prepare, tmp_path, shakespeare):
+    out = prepare("shakespeare_char", f"--input={shakespeare}")
+    assert "65 characters" in out and "1,003,854 tokens" in out and "111,540 tokens" in out
+    ids = read(tmp_path / "train.bin") + read(tmp_path / "val.bin")
+    text = make_tokenizer(read_meta(tmp_path)).decode_bytes(ids)
+    assert text == shakespeare.read_bytes()
+
+
+def test_shakespeare_has_its_counts_in_gpt2_tokens(prepare, tmp_path, shakespeare, gpt2_files):
+    out = prepare("shakespeare", f"--input={shakespeare}")
+    assert "301,966 tokens" in out and "36,059 tokens" in out
+    own = prepare("text", f"--input={shakespeare}", "--dataset=own", "--tokenizer=gpt2")
+    assert "301,966 tokens" in own and "36,059 tokens" in own
+    for split in ("train.bin", "val.bin"):  # cutting the text into pieces changed no token
+        assert read(tmp_path / split) == read(tmp_path / "own" / split)
+
+
+def test_another_file_is_not_taken_for_shakespeare(prepare, tmp_path):
+    (tmp_path / "page.html").write_text("404: Not Found")
+    with pytest.raises(SystemExit) as stop:
+        prepare("shakespeare_char", f"--input={tmp_path}/page.html")
+    assert stop.value.code.startswith(f"error: {tmp_path}/page.html is not Tiny Shakespeare: its ")
+    assert not (tmp_path / "train.bin").exists()
+
+
+def test_without_network_shakespeare_says_where_to_put_a_copy(prepare, tmp_path, monkeypatch):
+    def unreachable(url, timeout):
+        raise OSError("no network")
+
+    monkeypatch.setattr("urllib.request.urlopen", unreachable)
+    with pytest.raises(SystemExit) as stop:
+        prepare("shakespeare_char")
+    advice = f"offline, put a copy at {tmp_path}/input.txt or give --input=PATH"
+    assert stop.value.code.endswith(advice)
+
+
+def test_the_standard_library_gives_the_same_bytes_each_time(prepare, tmp_path):
+    first = prepare("stdlib_char")
+    train = (tmp_path / "train.bin").read_bytes()
+    assert prepare("stdlib_char") == first and (tmp_path / "train.bin").read_bytes() == train
+    text = make_tokenizer(read_meta(tmp_path)).decode_bytes(read(tmp_path / "train.bin")).decode()
+    assert text.isascii() and "def dataclass(" in text and "import unittest" in text
+
+
+def test_own_text_becomes_characters(prepare, tmp_path):
+    (tmp_path / "own.txt").write_text(TEXT + "äöü", encoding="utf-8")
+    out = prepare("text", f"--input={tmp_path}/own.txt", "--dataset=own")
+    assert f"{len(TEXT) + 3:,} characters" in out
+    ids = read(tmp_path / "own" / "train.bin") + read(tmp_path / "own" / "val.bin")
+    tokenizer = make_tokenizer(read_meta(tmp_path / "own"))
+    assert tokenizer.decode_bytes(ids).decode() == TEXT + "äöü"
+    assert len(read(tmp_path / "own" / "train.bin")) == int(0.9 * len(TEXT + "äöü"))
+
+
+def test_cutting_a_text_into_pieces_changes_no_token(prepare, tmp_path, monkeypatch, gpt2_files):
+    script = importlib.import_module("data.text.prepare")
+    monkeypatch.setattr(script, "PIECE", 50)
+    text = "def f():\n\n\n    return 1\nx = ...\n\n\t'a'\n" * 20
+    text += "one\r\ntwo\n \nthree\n" * 10 + "end"
+    (tmp_path / "own.txt").write_text(text, newline="")
+    prepare("text", f"--input={tmp_path}/own.txt", "--dataset=own", "--tokenizer=gpt2")
+    cut = int(0.9 * len(text := text.replace("\r\n", "\n")))
+    whole = [BPETokenizer(GPT2).encode(part) for part in (text[:cut], text[cut:])]
+    assert read(tmp_path / "own" / "train.bin") == whole[0]
+    assert read(tmp_path / "own" / "val.bin") == whole[1]
+
+
+SHAPES = {
+    "blank lines between one-line paragraphs": "A paragraph of a line.\n\n" * 3000,
+    "a list": "- an item\n" * 6000,
+    "no line end": "word and word " * 5000,
+    "no spaces": "line\n" * 12_000,
+    "marks and numbers": "3.14, 2.71; (1 + 1) == 2!\n\n\t" * 2500,
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_any_text_is_read_in_small_pieces_that_change_no_token(
+    tmp_path, monkeypatch, gpt2_files, shape, tokenizer
+):
+    script = importlib.import_module("data.text.prepare")
+    monkeypatch.setattr(script, "PIECE", 1000)
+    monkeypatch.setattr(script, "tokenizer", tokenizer)
+    (tmp_path / "own.txt").write_text(SHAPES[shape], newline="")
+    parts = [text for text, _ in script.pieces([tmp_path / "own.txt"])]
+    assert "".join(parts) == SHAPES[shape] and max(map(len, parts)) < 2100
+    if tokenizer == "gpt2":
+        encode = BPETokenizer(GPT2).encode
+        assert [i for part in parts for i in encode(part)] == encode(SHAPES[shape])
+
+
+def test_characters_need_no_place_to_cut(tmp_path, monkeypatch):
+    script = importlib.import_module("data.text.prepare")
+    monkeypatch.setattr(script, "PIECE", 1000)
+    monkeypatch.setattr(script, "tokenizer", "char")
+    (tmp_path / "own.txt").write_text("\u4e2d\u6587" * 5000, encoding="utf-8")
+    assert max(len(text) for text, _ in script.pieces([tmp_path / "own.txt"])) <= 1000
+
+
+def test_random_text_in_pieces_gives_the_tokens_of_the_whole(tmp_path, monkeypatch, gpt2_files):
+    hypothesis = pytest.importorskip("hypothesis")
+    script = importlib.import_module("data.text.prepare")
+    monkeypatch.setattr(script, "PIECE", 7)
+    monkeypatch.setattr(script, "tokenizer", "gpt2")
+    encode = BPETokenizer(GPT2).encode
+    alphabet = " \n\t'.,-ab1\u00e9\u4e2d\u3002\u0301\u00b2\u2003"
+    texts = hypothesis.strategies.text(alphabet=alphabet, max_size=60)
+
+    @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(texts)
+    def attempt(text):
+        (tmp_path / "own.txt").write_text(text, newline="", encoding="utf-8")
+        parts = [part for part, _ in script.pieces([tmp_path / "own.txt"])]
+        assert [i for part in parts for i in encode(part)] == encode(text)
+
+    attempt()
+
+
+def test_each_of_several_files_ends_with_end_of_text(prepare, tmp_path, gpt2_files):
+    for name, text in (("b.md", "two words"), ("a.txt", "one " * 20), ("c.py", "ignored")):
+        (tmp_path / "in" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "in" / name).write_text(text)
+    prepare("text", f"--input={tmp_path}/in", "--dataset=own", "--tokenizer=gpt2")
+    ids = read(tmp_path / "own" / "train.bin") + read(tmp_path / "own" / "val.bin")
+    expected = b"one " * 20 + b"<|endoftext|>two words<|endoftext|>"
+    assert BPETokenizer(GPT2).decode_bytes(ids) == expected
+
+
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (["--dataset=own"], "error: --input=: give a text file, or a folder with .txt or "),
+        (["--input=no.txt"], "error: --input=no.txt: give a text file, or a folder with .txt or "),
+        (["--input=in.txt"], "error: --dataset=: give a new name, of a folder to be made in "),
+        (["--input=in.txt", "--dataset=../x"], "error: --dataset=../x: give a new name, of a "),
+        (["--input=in.txt", "--dataset=own", "--tokenizer=gpt7"], "error: no tokenizer gpt7: "),
+        (["--input=latin1.txt", "--dataset=own"], "error: latin1.txt is not UTF-8 text: "),
+    ],
+)
+def test_a_mistake_with_own_text_gets_a_line(prepare, tmp_path, monkeypatch, arguments, line):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.txt").write_text(TEXT)
+    (tmp_path / "latin1.txt").write_bytes("Café".encode("latin-1"))
+    with pytest.raises(SystemExit) as stop:
+        prepare("text", *arguments)
+    assert stop.value.code.startswith(line) and "\n" not in stop.value.code
+
+
+@pytest.fixture
+def documents(tmp_path):
+    texts = [f"Document {index}." for index in range(40)]
+    lines = [json.dumps({"text": text}) for text in texts]
+    (tmp_path / "docs.jsonl").write_text("\n".join(lines))
+    return texts
+
+
+def test_openwebtext_splits_as_nanogpt_and_ends_documents(prepare, tmp_path, gpt2_files, documents):
+    datasets = pytest.importorskip("datasets")
+    out = prepare("openwebtext", f"--input={tmp_path}/docs.jsonl", "--num_proc=1")
+    rows = datasets.Dataset.from_dict({"text": documents})
+    split = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    encoding = BPETokenizer(GPT2).encoding
+    for name, part in (("train", split["train"]), ("val", split["test"])):
+        expected = [i for text in part["text"] for i in [*encoding.encode_ordinary(text), 50256]]
+        assert read(tmp_path / f"{name}.bin") == expected
+        assert f"{name}.bin: {len(expected):,} tokens" in out
+    limited = prepare("openwebtext", f"--input={tmp_path}/docs.jsonl", "--limit=10")
+    assert "train.bin: 36 tokens" in limited and "val.bin: 4 tokens" in limited
+
+
+def test_an_interruption_leaves_nothing(prepare, tmp_path, gpt2_files, documents, monkeypatch):
+    pytest.importorskip("datasets")
+    script = importlib.import_module("data.openwebtext.prepare")
+    real = script.encoded
+
+    def interrupted(documents, name, encoding):
+        yield from real(documents, name, encoding)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(script, "encoded", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        prepare("openwebtext", f"--input={tmp_path}/docs.jsonl")
+    assert stop.value.code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+
+
+def test_a_partial_openwebtext_is_refused(prepare, tmp_path, gpt2_files, documents, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"text": documents})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+    with pytest.raises(SystemExit) as stop:
+        prepare("openwebtext")
+    assert stop.value.code == "error: the hub gave 40 documents of 8,013,769; try later"
+    assert not (tmp_path / "train.bin").exists()
+
+
+def test_a_prepare_script_runs_from_any_folder(tmp_path):
+    command = [sys.executable, str(ROOT / "data" / "text" / "prepare.py"), "--help"]
+    shown = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert "--val_fraction=0.1" in shown

@@ -1,0 +1,193 @@
+"""Token files, batches and tokenizers."""
+
+import pickle
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT
+
+from data.tokens import (
+    GPT2,
+    Batches,
+    BPETokenizer,
+    CharTokenizer,
+    TokenFile,
+    char_meta,
+    make_tokenizer,
+    read_meta,
+    send,
+    write_dataset,
+)
+from engine.process import atomic
+from engine.runtime import Runtime
+
+CPU = Runtime(torch.device("cpu"), torch.float32, False, 0, 1, "cpu", "")
+META = {"vocab_size": 100, "stoi": {}, "itos": {}}
+
+
+def ranks(world_size):
+    return [replace(CPU, rank=rank, world_size=world_size) for rank in range(world_size)]
+
+
+def token_file(path, ids, meta=META, block_size=4):
+    path.write_bytes(np.asarray(ids, "<u2").tobytes())
+    return TokenFile(path, meta, block_size)
+
+
+def test_a_dataset_is_nanogpts_raw_uint16_and_plain_pickle(tmp_path):
+    meta = char_meta("ab\n")
+    write_dataset(tmp_path, meta, train=[[0, 1], [2]], val=[[1]])
+    assert (tmp_path / "train.bin").read_bytes() == b"\0\0\1\0\2\0"
+    assert np.memmap(tmp_path / "val.bin", np.uint16).tolist() == [1]
+    with open(tmp_path / "meta.pkl", "rb") as file:
+        assert pickle.load(file) == meta
+    tables = {"itos": {0: "\n", 1: "a", 2: "b"}, "stoi": {"\n": 0, "a": 1, "b": 2}}
+    assert meta == {"vocab_size": 3, **tables}
+
+
+def test_a_large_vocabulary_takes_uint32_and_gpt2_no_meta(tmp_path):
+    large = {"vocab_size": 100_000, "tokenizer": "cl100k_base"}
+    write_dataset(tmp_path, large, train=[[99_999] * 5])
+    assert (tmp_path / "train.bin").stat().st_size == 20
+    assert TokenFile(tmp_path / "train.bin", read_meta(tmp_path), 4).ids.tolist() == [99_999] * 5
+    write_dataset(tmp_path, GPT2, train=[[50_256] * 5])
+    assert read_meta(tmp_path) == GPT2 and not (tmp_path / "meta.pkl").exists()
+    assert (tmp_path / "train.bin").stat().st_size == 10
+
+
+def test_an_error_while_writing_leaves_what_was_there(tmp_path):
+    write_dataset(tmp_path, META, train=[[1, 2, 3]], val=[[4]])
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def broken():
+        yield [5] * 1000
+        raise RuntimeError("interrupted")
+
+    with pytest.raises(RuntimeError):
+        write_dataset(tmp_path, META, train=[[9]], val=broken())
+    with pytest.raises(RuntimeError), atomic(tmp_path / "train.bin") as file:
+        file.write(b"half")
+        raise RuntimeError("interrupted")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_missing_file_names_the_command_that_makes_it(tmp_path):
+    path = tmp_path / "mine" / "train.bin"
+    path.parent.mkdir()
+    (path.parent / "prepare.py").touch()
+    with pytest.raises(ValueError, match=f"make it: python {path.parent}/prepare.py$"):
+        TokenFile(path, META, 4)
+
+
+def test_ids_beyond_the_vocabulary_of_a_large_file_are_found_in_their_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.tokens.SCAN_BYTES", 0)
+    tokens = token_file(tmp_path / "train.bin", [1] * 50 + [100] + [1] * 50)
+    assert tokens.windows(np.array([0, 45]), 5).tolist() == [[1] * 5] * 2
+    with pytest.raises(ValueError, match="holds id 100, the vocabulary 100"):
+        tokens.windows(np.array([46]), 5)
+
+
+def test_a_digest_tells_files_apart_and_reads_little_of_a_large_one(tmp_path, monkeypatch):
+    first = token_file(tmp_path / "a.bin", range(90)).digest()
+    assert token_file(tmp_path / "b.bin", range(90)).digest() == first
+    assert token_file(tmp_path / "b.bin", [*range(89), 0]).digest() != first
+    assert token_file(tmp_path / "b.bin", [*range(89, -1, -1)]).digest() != first
+    assert first.startswith("90 tokens, SHA-256 ")
+    with open(tmp_path / "large.bin", "wb") as file:
+        file.truncate(2**40)  # a terabyte, of holes
+    assert TokenFile(tmp_path / "large.bin", META, 4).digest().startswith("549755813888 tokens")
+
+
+def test_windows_to_evaluate_on_are_all_or_evenly_spaced(tmp_path):
+    tokens = token_file(tmp_path / "val.bin", [1] * 50)
+    assert tokens.evenly_spaced(4, most=100).tolist() == list(range(0, 48, 4))
+    assert tokens.evenly_spaced(4, most=3).tolist() == [0, 16, 32]
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def test_a_step_reads_the_same_sequences_whoever_asks_when(tmp_path):
+    tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
+    straight = Batches(tokens, 3, 4, 4, 1337, CPU)
+    expected = [torch.cat(straight(step)).tolist() for step in range(6)]
+    again = Batches(tokens, 3, 4, 4, 1337, CPU)
+    for step in (5, 2, 2, 3):
+        assert torch.cat(again(step)).tolist() == expected[step]
+    other = Batches(tokens, 3, 4, 4, 1338, CPU)
+    assert torch.cat(other(0)).tolist() != expected[0] != expected[1]
+    for world_size in (2, 3, 4):
+        shares = [Batches(tokens, 3, 4, 4, 1337, run)(5) for run in ranks(world_size)]
+        assert torch.cat([torch.cat(share) for share in shares]).tolist() == expected[5]
+        assert len({sum(map(len, share)) for share in shares}) == 1
+        assert max(len(micro_batch) for share in shares for micro_batch in share) <= 4
+
+
+def test_windows_are_runs_of_the_file_and_every_start_occurs(tmp_path):
+    tokens = token_file(tmp_path / "train.bin", np.arange(20))
+    rows = torch.cat([torch.cat(Batches(tokens, 1, 8, 4, 0, CPU)(step)) for step in range(50)])
+    assert rows.dtype == torch.int16 and rows.shape == (400, 5)  # as on disk
+    assert (rows == rows[:, :1] + torch.arange(5)).all()
+    assert set(rows[:, 0].tolist()) == set(range(16))
+
+
+@pytest.mark.parametrize("vocab_size", [65536, 65537])
+def test_every_id_arrives_on_the_device_as_it_was_written(tmp_path, vocab_size):
+    ids = [0, 1, 2**15 - 1, 2**15, vocab_size - 1]
+    write_dataset(tmp_path, {"vocab_size": vocab_size}, train=[ids])
+    tokens = TokenFile(tmp_path / "train.bin", read_meta(tmp_path), 4)
+    sent = send(tokens.windows(np.array([0]), 5), torch.device("cpu"))
+    assert sent.dtype == torch.int64 and sent.tolist() == [ids]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_does_not_grow_with_the_steps_on_a_large_file(tmp_path):
+    with open(tmp_path / "train.bin", "wb") as file:
+        file.truncate(2**29)
+    tokens = TokenFile(tmp_path / "train.bin", META, 1024)
+    batches = Batches(tokens, 8, 16, 1024, 0, CPU)
+
+    def resident():
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    batches(0)
+    before = resident()
+    for step in range(1, 200):  # reads about 50 MB of pages all over the file
+        batches(step)
+    assert resident() - before < 2**24
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
+
+
+def test_characters_go_to_ids_and_back_and_unknown_ones_are_named():
+    tokenizer = make_tokenizer(char_meta(TEXT))
+    assert tokenizer.decode_bytes(tokenizer.encode(TEXT)).decode() == TEXT
+    assert isinstance(tokenizer, CharTokenizer) and tokenizer.eot is None
+    with pytest.raises(ValueError) as fault:
+        tokenizer.encode("1 + é")
+    names = "'+' (PLUS SIGN), 'é' (LATIN SMALL LETTER E WITH ACUTE)"
+    assert str(fault.value) == f"2 unknown characters: {names}"
+
+
+def test_gpt2_tokens_go_to_text_and_back(gpt2_files):
+    tokenizer = make_tokenizer(GPT2)
+    assert tokenizer.encode("Hello world<|endoftext|>") == [15496, 995, 50256]
+    assert tokenizer.decode_bytes([15496, 995]) == b"Hello world"
+    assert (tokenizer.vocab_size, tokenizer.eot) == (50257, 50256)
+    assert 50256 not in next(tokenizer.encode_corpus(["a<|endoftext|>b"]))
+
+
+def test_an_unreachable_tokenizer_names_the_cache(monkeypatch):
+    import tiktoken
+
+    def unreachable(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
+    with pytest.raises(ValueError, match="no tokenizer gpt2: no network; offline, set TIKTOKEN_CA"):
+        BPETokenizer(GPT2)
