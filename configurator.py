@@ -80,7 +80,8 @@ def read_arguments(arguments, namespace, config):
 def range_faults(config):
     """Return a line for each number that is out of its range."""
     return [
-        f"{name}={config[name]} must be at least {least} and below {limit}"
+        f"{name}={config[name]} must be "
+        + (f"at least {least}" if config[name] < least else f"below {limit}")
         for name, (least, limit) in config.ranges.items()
         if config[name] is not None and not least <= config[name] < limit
     ]

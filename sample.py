@@ -42,7 +42,7 @@ RANGES = {  # setting -> the least, and what it must stay below
     "max_new_tokens": (1, 2**31),
     "temperature": (0, float("inf")),
     "top_k": (0, float("inf")),
-    "top_p": (0, 1.000001),
+    "top_p": (0, 1.01),
     "seed": (0, float("inf")),
 }
 ROOT = Path(__file__).resolve().parent

@@ -1,6 +1,7 @@
 """A checkpoint: the state of a run, put into nanoGPT's ckpt.pt with more keys, and read from it."""
 
 import dataclasses
+import os
 import zipfile
 from dataclasses import dataclass
 
@@ -60,7 +61,7 @@ def find_checkpoint(folder, name=None, newest=False):
     """
     if name:
         return read_checkpoint(folder / name)
-    paths = [folder / name for name in NAMES if (folder / name).exists()]
+    paths = [folder / name for name in NAMES if os.path.exists(folder / name)]
     if not paths:
         raise UserError(f"no ckpt.pt in {folder}; name the folder of a run with --out_dir")
     found = map(read_checkpoint, paths if newest else paths[:1])
@@ -72,7 +73,7 @@ def checkpoint_to_resume(config):
     folder, name = user_path(config["out_dir"]), config["checkpoint_file"]
     if config["init_from"] == "auto":
         raise UserError("init_from=auto: say what to start from, and add --auto_resume=True")
-    begun = any((folder / name).exists() for name in NAMES)
+    begun = any(os.path.exists(folder / name) for name in NAMES)
     if config["init_from"] != "resume" and not (config["auto_resume"] and begun):
         return None
     saved = find_checkpoint(folder, name, newest=not config["eval_only"])

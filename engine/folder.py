@@ -113,7 +113,11 @@ class Keeper:
         self.step, path = step, self.folder / self.best
         best_val_loss = math.inf
         if self.runtime.rank == 0 and path.exists():
-            best_val_loss = float(read_checkpoint(path).get("best_val_loss", math.inf))
+            saved = read_checkpoint(path)
+            # By itself a ckpt.pt may be a newest state, whose best model was not kept.
+            alone = path.name == "ckpt.pt" and not (self.folder / self.newest).exists()
+            if not (alone and saved["config"].get("always_save_checkpoint", True)):
+                best_val_loss = float(saved.get("best_val_loss", math.inf))
         self.best_val_loss = self.runtime.reduce("min", best_val_loss)
 
     def save(self, state, step, losses, config):

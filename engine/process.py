@@ -30,12 +30,13 @@ def user_error(what, *kinds):
 
 
 def reason(fault):
-    """Return why, in one line: the first of an exception's text, or what the system says."""
-    if type(fault) in (UserError, ValueError):
+    """Return why, in one line: what the system says, or the first line of an exception's text."""
+    if isinstance(fault, UserError):
         return str(fault)
     if getattr(fault, "strerror", None):
         return fault.strerror
-    return f"{type(fault).__name__}: {fault}".splitlines()[0].partition(". ")[0]
+    text = f"{type(fault).__name__}: {fault}".splitlines()[0].partition(". ")[0]
+    return text.removeprefix("ValueError: ")
 
 
 at_end = []  # functions that undo what main() did to the process

@@ -173,9 +173,9 @@ def test_the_table_of_ranges_bounds_numbers(configure):
     with pytest.raises(SystemExit) as stop:
         configure("--rate=1", "--count=0", "--most=-1")
     assert stop.value.code == (
-        "error: rate=1.0 must be at least 0 and below 1\n"
-        "error: count=0 must be at least 1 and below 100\n"
-        "error: most=-1 must be at least 0 and below 10"
+        "error: rate=1.0 must be below 1\n"
+        "error: count=0 must be at least 1\n"
+        "error: most=-1 must be at least 0"
     )
 
 

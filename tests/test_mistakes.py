@@ -9,11 +9,12 @@ import os
 import pickle
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, TEXT, TINY
+from conftest import ROOT, TEXT, TINY, Payload
 
 import bench
 import sample
@@ -26,13 +27,6 @@ CKPT, TRAIN, META = "run/ckpt.pt", "data/tiny/train.bin", "data/tiny/meta.pkl"
 RESUME = ["--init_from=resume", "--out_dir=run", "--device=cpu"]
 
 
-class Payload:
-    """Code that a pickle would run: it creates the file `proof`."""
-
-    def __reduce__(self):
-        return open, ("proof", "w")
-
-
 @pytest.fixture(autouse=True)
 def world(tiny, monkeypatch):
     """Make what mistakes are made with: a dataset, a checkpoint and a tiny pretrained folder."""
@@ -43,7 +37,8 @@ def world(tiny, monkeypatch):
     settings = dict(argument.removeprefix("--").split("=") for argument in TINY)
     settings = {k: int(v) if v.isdigit() else v for k, v in settings.items()}
     whole = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": 1}
-    whole |= {"model_args": model.config.saved(), "config": settings, "tokenizer": meta}
+    whole |= {"model_args": {**SIZES, "bias": False, "dropout": 0.0}}
+    whole |= {"config": settings, "tokenizer": meta}
     Path("run").mkdir()
     torch.save(whole, CKPT)
     return tiny
@@ -64,7 +59,7 @@ def refused(launch, script, arguments, line):
     assert len(given) == len(lines), given
     for mine, expected in zip(given, lines, strict=True):
         start, dots, _ = expected.partition("...")
-        assert mine.startswith(start) if dots else mine == expected
+        assert (mine[: len(start)] if dots else mine) == (start if dots else expected)
     assert snapshot(here) == before
 
 
@@ -98,28 +93,57 @@ NO_FILE = "a setting is given as --key=value"
         (["--eval_only", "no"], "eval_only must be bool, got 'no'"),
         (["--lr_decay_iters=x"], "lr_decay_iters must be int or None, got 'x'"),
         (["max_iters=5"], f"no config file 'max_iters=5'; {NO_FILE}"),
-        (["no.py", "--n_head=x"], f"no config file 'no.py'; {NO_FILE}\nn_head must be int, got 'x'"),  # noqa: E501
+        (
+            ["no.py", "--n_head=x"],
+            f"no config file 'no.py'; {NO_FILE}\nn_head must be int, got 'x'",
+        ),
         (["data"], f"no config file 'data'; {NO_FILE}"),
         (["x" * 300], f"no config file '{'x' * 300}'; {NO_FILE}"),
         (["a\0b"], f"no config file 'a\\x00b'; {NO_FILE}"),
         ([*TINY, "--n_head=3"], "n_embd=32 is no multiple of n_head=3"),
         ([*TINY, "--min_lr=-1"], "min_lr=-1.0 must be at least 0"),
-        ([*TINY, "--lr_decay_iters=-5", "--decay_lr=False"], "lr_decay_iters=-5 must be at least 0"),  # noqa: E501
-        ([*TINY, "--max_bad_steps=0", "--timeout=0"], "timeout=0.0 must be at least 1\nmax_bad_steps=0 must be at least 1"),  # noqa: E501
-        ([*TINY, f"--seed={2**63}"], f"seed={2**63} must be at least 0 and below {2**63}"),
-        ([*TINY, "--max_iters=1e30"], f"max_iters={int(1e30)} must be at least 0 and below {2**31}"),  # noqa: E501
-        ([*TINY, "--beta1=1"], "beta1=1.0 must be at least 0 and below 1"),
-        ([*TINY, "--device=cuda:9"], "device=cuda:9: this machine has none; try --device=auto"),
-        ([*TINY, "--device=meta"], "device=meta: this machine has none; try --device=auto"),
-        ([*TINY, "--dtype=float16"], "dtype=float16: choose auto, float32, bfloat16, or float16 on CUDA"),  # noqa: E501
-        ([*TINY, "--out_dir=run/ckpt.pt"], "out_dir=run/ckpt.pt: {tmp}/run/ckpt.pt is not a folder that can be written to"),  # noqa: E501
-        ([*TINY, "--out_dir=run/ckpt.pt/a/b"], "out_dir=run/ckpt.pt/a/b: {tmp}/run/ckpt.pt is not a folder that can be written to"),  # noqa: E501
+        (
+            [*TINY, "--lr_decay_iters=-5", "--decay_lr=False"],
+            "lr_decay_iters=-5 must be at least 0",
+        ),
+        (
+            [*TINY, "--max_bad_steps=0", "--timeout=0"],
+            "max_bad_steps=0 must be at least 1\ntimeout=0.0 must be at least 1",
+        ),
+        ([*TINY, f"--seed={2**63}"], f"seed={2**63} must be below {2**63}"),
+        (
+            [*TINY, "--max_iters=1e30"],
+            f"max_iters={int(1e30)} must be below {2**31}",
+        ),
+        ([*TINY, "--beta1=1"], "beta1=1.0 must be below 1"),
+        ([*TINY, "--device=cuda:9"], "device=cuda:9 cannot be used: ..."),
+        ([*TINY, "--device=meta"], "device=meta cannot be used: RuntimeError: Tensor.item() cannot ..."),
+        (
+            [*TINY, "--dtype=float16"],
+            "dtype=float16: choose auto, float32, bfloat16, or float16 on CUDA",
+        ),
+        (
+            [*TINY, "--out_dir=run/ckpt.pt"],
+            "out_dir=run/ckpt.pt: {tmp}/run/ckpt.pt is not a folder that can be written to",
+        ),
+        (
+            [*TINY, "--out_dir=run/ckpt.pt/a/b"],
+            "out_dir=run/ckpt.pt/a/b: {tmp}/run/ckpt.pt is not a folder that can be written to",
+        ),
         ([*TINY, "--out_dir=/proc/nothing"], "/proc..."),
-        ([*TINY, "--out_dir=" + "x" * 300], "..."),
-        ([*TINY, "--warmup_iters=9", "--lr_decay_iters=9"], "warmup_iters=9 leaves no step to decay in before lr_decay_iters=9; lower --warmup_iters"),  # noqa: E501
-        ([*TINY, "--warmup_iters=9", "--lr_decay_iters=8"], "warmup_iters=9 leaves no step to decay in before lr_decay_iters=8; lower --warmup_iters"),  # noqa: E501
+        ([*TINY, "--out_dir=" + "x" * 300], "x" * 300 + ": File name too long"),
+        (
+            [*TINY, "--warmup_iters=9", "--lr_decay_iters=9"],
+            "warmup_iters=9 leaves no step to decay in before lr_decay_iters=9; "
+            "lower --warmup_iters",
+        ),
+        (
+            [*TINY, "--warmup_iters=9", "--lr_decay_iters=8"],
+            "warmup_iters=9 leaves no step to decay in before lr_decay_iters=8; "
+            "lower --warmup_iters",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_setting(launch, arguments, line):
     refused(launch, train, arguments, line)
 
@@ -128,27 +152,33 @@ def test_a_wrong_setting(launch, arguments, line):
     "content, line",
     [
         (b"max_iter = 5", "unknown setting 'max_iter': did you mean max_iters?"),
-        (b"max_iters = 'many'\nbias = 0", "bias must be bool, got 0\nc.py: max_iters must be int, got 'many'"),  # noqa: E501
+        (
+            b"max_iters = 'many'\nbias = 0",
+            "bias must be bool, got 0\nc.py: max_iters must be int, got 'many'",
+        ),
         (b"out_dir = 5", "out_dir must be str, got 5"),
         (b"out_dir = None", "out_dir must be str, got None"),
         (b"learning_rate = float('nan')", "learning_rate must be float, got nan"),
         (b"learning_rate = 10**400", "learning_rate must be float, got 1000..."),
-        (b"import torch\nbeta1 = torch.zeros(3, 3)", "beta1 must be float, got tensor([[0., 0., 0.], [0., 0., 0.], [0., 0., 0.]])"),  # noqa: E501
+        (
+            b"import torch\nbeta1 = torch.zeros(3, 3)",
+            "beta1 must be float, got tensor([[0., 0., 0.], [0., 0., 0.], [0., 0., 0.]])",
+        ),
         (b"beta1 = dict(a=1)", "beta1 must be float, got {'a': 1}"),
         (b"max_iters = 5 +", "SyntaxError: invalid syntax (c.py, line 1)"),
         (b"max_iters = 5 / 0", "ZeroDivisionError: division by zero"),
         (b"raise RuntimeError('one\\ntwo')", "RuntimeError: one two"),
         (b"exit()", "SystemExit: None"),
-        (b"raise KeyboardInterrupt", "KeyboardInterrupt: "),
+        (b"raise KeyboardInterrupt", "KeyboardInterrupt:"),
         (b"def f(): return f()\nf()", "RecursionError: maximum recursion depth exceeded..."),
-        (b"max_iters = [0] * 2**62", "MemoryError: "),
+        (b"max_iters = [0] * 2**62", "MemoryError:"),
         (b"import nothing_like_it", "ModuleNotFoundError: No module named 'nothing_like_it'"),
         (b"globals()[5] = 5", "TypeError: 'int' object is not subscriptable"),
         (b"out_dir = 'Caf\xe9'", "SyntaxError: ..."),
         (b"max_iters = 5\0", "..."),
         (b"\x80\x04\x95\xff\xfe", "SyntaxError: ..."),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_config_file(launch, content, line):
     Path("c.py").write_bytes(content)
     refused(launch, train, ["c.py"], f"c.py: {line}")
@@ -159,7 +189,7 @@ def test_only_one_process_of_a_machine_speaks(launch, capsys, monkeypatch):
     for arguments, status in (["--max_iter=5"], 1), (["no.py"], 1), (["--help"], 0):
         with pytest.raises(SystemExit) as stop:
             launch(train, *arguments)
-        assert stop.value.code == status
+        assert (stop.value.code or 0) == status
     assert capsys.readouterr() == ("", "")
 
 
@@ -178,6 +208,8 @@ def meta(**changes):
     put(META, pickle.dumps({**char_meta(TEXT), **changes}))
 
 
+MAKE = "no {}.bin in {{tmp}}/data/tiny; make it: python data/text/prepare.py --input=FILE "
+MAKE += "--dataset=tiny"
 NEED = "block_size=16 needs 17 tokens, all of them whole"
 NO_META = "{tmp}/data/tiny/meta.pkl describes no dataset"
 AGAIN = "prepare it again"
@@ -186,28 +218,64 @@ AGAIN = "prepare it again"
 @pytest.mark.parametrize(
     "spoil, line",
     [
-        (lambda: Path(TRAIN).unlink(), "no train.bin in {tmp}/data/tiny; make it: python data/text/prepare.py --input=FILE --dataset=tiny"),  # noqa: E501
-        (lambda: Path("data/tiny/val.bin").unlink(), "no val.bin in {tmp}/data/tiny; make it: python data/text/prepare.py --input=FILE --dataset=tiny"),  # noqa: E501
+        (
+            lambda: Path(TRAIN).unlink(),
+            MAKE.format("train"),
+        ),
+        (
+            lambda: Path("data/tiny/val.bin").unlink(),
+            MAKE.format("val"),
+        ),
         (lambda: put(TRAIN, b""), "{tmp}/data/tiny/train.bin holds 0 tokens and 0 bytes; " + NEED),
-        (lambda: put(TRAIN, b"\0" * 101), "{tmp}/data/tiny/train.bin holds 50 tokens and 1 bytes; " + NEED),  # noqa: E501
-        (lambda: put(TRAIN, b"\0" * 32), "{tmp}/data/tiny/train.bin holds 16 tokens and 0 bytes; " + NEED),  # noqa: E501
-        (lambda: put(TRAIN, ids(*[1] * 500, 21, *[1] * 500)), "{tmp}/data/tiny/train.bin holds id 21, the vocabulary 21"),  # noqa: E501
-        (lambda: meta(**char_meta("abc")), "{tmp}/data/tiny/train.bin holds id 20, the vocabulary 3"),  # noqa: E501
+        (
+            lambda: put(TRAIN, b"\0" * 101),
+            "{tmp}/data/tiny/train.bin holds 50 tokens and 1 bytes; " + NEED,
+        ),
+        (
+            lambda: put(TRAIN, b"\0" * 32),
+            "{tmp}/data/tiny/train.bin holds 16 tokens and 0 bytes; " + NEED,
+        ),
+        (
+            lambda: put(TRAIN, ids(*[1] * 500, 21, *[1] * 500)),
+            "{tmp}/data/tiny/train.bin holds id 21, the vocabulary 21",
+        ),
+        (
+            lambda: meta(**char_meta("abc")),
+            "{tmp}/data/tiny/train.bin holds id 20, the vocabulary 3",
+        ),
         (lambda: put(META, b""), f"{NO_META} (..."),
         (lambda: put(META, b"garbage"), f"{NO_META} (..."),
         (lambda: put(META, Path(META).read_bytes()[:50]), f"{NO_META} (..."),
-        (lambda: put(META, pickle.dumps([1])), f"{NO_META} (TypeError: list indices must be integers or slices, not str); {AGAIN}"),  # noqa: E501
+        (
+            lambda: put(META, pickle.dumps([1])),
+            f"{NO_META} (TypeError: list indices must be integers or slices, not str); {AGAIN}",
+        ),
         (lambda: put(META, pickle.dumps({})), f"{NO_META} (KeyError: 'vocab_size'); {AGAIN}"),
-        (lambda: put(META, b"\x80\x02}r\xff\xff\xff\x7f."), f"{NO_META} (KeyError: 'vocab_size'); {AGAIN}"),  # noqa: E501
-        (lambda: meta(vocab_size="21"), f"{NO_META} (ValueError: its vocab_size is '21'); {AGAIN}"),
-        (lambda: meta(vocab_size=0), f"{NO_META} (ValueError: its vocab_size is 0); {AGAIN}"),
-        (lambda: meta(vocab_size=2**40), f"{NO_META} (ValueError: its vocab_size is {2**40}); {AGAIN}"),  # noqa: E501
-        (lambda: meta(vocab_size=22), f"{NO_META} (ValueError: its characters and ids do not match); {AGAIN}"),  # noqa: E501
-        (lambda: meta(itos=char_meta("abc")["itos"]), f"{NO_META} (ValueError: its characters and ids do not match); {AGAIN}"),  # noqa: E501
-        (lambda: meta(stoi=None), f"{NO_META} (AttributeError: 'NoneType' object has no attribute 'items'); {AGAIN}"),  # noqa: E501
+        (
+            lambda: put(META, b"\x80\x02}r\xff\xff\xff\x7f."),
+            f"{NO_META} (KeyError: 'vocab_size'); {AGAIN}",
+        ),
+        (lambda: meta(vocab_size="21"), f"{NO_META} (its vocab_size is '21'); {AGAIN}"),
+        (lambda: meta(vocab_size=0), f"{NO_META} (its vocab_size is 0); {AGAIN}"),
+        (
+            lambda: meta(vocab_size=2**40),
+            f"{NO_META} (its vocab_size is {2**40}); {AGAIN}",
+        ),
+        (
+            lambda: meta(vocab_size=22),
+            f"{NO_META} (its characters and ids do not match); {AGAIN}",
+        ),
+        (
+            lambda: meta(itos=char_meta("abc")["itos"]),
+            f"{NO_META} (its characters and ids do not match); {AGAIN}",
+        ),
+        (
+            lambda: meta(stoi=None),
+            f"{NO_META} (AttributeError: 'NoneType' object has no attribute 'get'); {AGAIN}",
+        ),
         (lambda: meta(extra=Payload()), f"{NO_META} (UnpicklingError: it asks to run ..."),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_dataset(launch, spoil, line):
     spoil()
     refused(launch, train, TINY, line)
@@ -216,11 +284,24 @@ def test_a_wrong_dataset(launch, spoil, line):
 @pytest.mark.parametrize(
     "spoil, arguments, line",
     [
-        (lambda: Path(META).unlink(), RESUME, "dataset tiny is encoded unlike the checkpoint's data"),  # noqa: E501
-        (lambda: meta(**char_meta(TEXT.replace("0", "O"))), RESUME, "dataset tiny is encoded unlike the checkpoint's data"),  # noqa: E501
-        (lambda: None, [*TINY, "--init_from=gpt2"], "dataset tiny has a vocabulary of 21, the model 50257; prepare the dataset with the model's tokenizer"),  # noqa: E501
+        (
+            lambda: Path(META).unlink(),
+            RESUME,
+            "dataset tiny has a vocabulary of 50304, the model 21; prepare ...",
+        ),
+        (
+            lambda: meta(**char_meta(TEXT.replace("0", "O"))),
+            RESUME,
+            "dataset tiny is encoded unlike the checkpoint's data",
+        ),
+        (
+            lambda: None,
+            [*TINY, "--init_from=gpt2"],
+            "dataset tiny has a vocabulary of 21, the model 50257; prepare the "
+            "dataset with the model's tokenizer",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_dataset_of_another_vocabulary(launch, spoil, arguments, line):
     spoil()
     refused(launch, train, arguments, line)
@@ -258,14 +339,35 @@ OTHER = "the checkpoint is of another kind of model: "
     "spoil, line",
     [
         (lambda: put(CKPT, b""), UNREADABLE + "it was cut short or is another kind of file"),
-        (lambda: put(CKPT, b"garbage" * 99), UNREADABLE + "it was cut short or is another kind of file"),  # noqa: E501
-        (lambda: put(CKPT, Path(CKPT).read_bytes()[:9000]), UNREADABLE + "it was cut short or is another kind of file"),  # noqa: E501
+        (
+            lambda: put(CKPT, b"garbage" * 99),
+            UNREADABLE + "it was cut short or is another kind of file",
+        ),
+        (
+            lambda: put(CKPT, Path(CKPT).read_bytes()[:9000]),
+            UNREADABLE + "it was cut short or is another kind of file",
+        ),
         (lambda: flip(CKPT, in_the_weights()), UNREADABLE + "'ckpt/data/0' in it is damaged"),
-        (lambda: torch.save(Payload(), CKPT), UNREADABLE + "UnpicklingError: Weights only load failed"),  # noqa: E501
-        (lambda: change(config=Payload()), UNREADABLE + "UnpicklingError: Weights only load failed"),  # noqa: E501
-        (lambda: torch.save([1], CKPT), UNREADABLE + "AttributeError: 'list' object has no attribute 'get'"),  # noqa: E501
-        (lambda: torch.save({"weight": torch.zeros(2)}, CKPT), "run/ckpt.pt is no checkpoint: it lacks model, model_args, iter_num, config"),  # noqa: E501
-        (lambda: change(config=[], iter_num="1"), "run/ckpt.pt is no checkpoint: it lacks iter_num, config"),  # noqa: E501
+        (
+            lambda: torch.save(Payload(), CKPT),
+            UNREADABLE + "UnpicklingError: Weights only load failed",
+        ),
+        (
+            lambda: change(config=Payload()),
+            UNREADABLE + "UnpicklingError: Weights only load failed",
+        ),
+        (
+            lambda: torch.save([1], CKPT),
+            UNREADABLE + "AttributeError: 'list' object has no attribute 'get'",
+        ),
+        (
+            lambda: torch.save({"weight": torch.zeros(2)}, CKPT),
+            "run/ckpt.pt is no checkpoint: it lacks model, model_args, iter_num, config",
+        ),
+        (
+            lambda: change(config=[], iter_num="1"),
+            "run/ckpt.pt is no checkpoint: it lacks iter_num, config",
+        ),
         (lambda: change(tokenizer="gpt2"), "run/ckpt.pt is no checkpoint: it lacks tokenizer"),
         (lambda: change(model={"x": 1}), "the weights have 0 layers, the model 2"),
     ],
@@ -295,27 +397,92 @@ def spoil_optimizer(spoil):
 @pytest.mark.parametrize(
     "spoil, script, arguments, line",
     [
-        (lambda: None, train, ["--init_from=resume", "--out_dir=no"], "no ckpt.pt in no to resume; name its folder with --out_dir"),  # noqa: E501
-        (lambda: None, sample, ["--out_dir=no"], "no checkpoint no/ckpt.pt"),
-        (lambda: change(optimizer=None), train, RESUME, "the checkpoint in run holds no optimizer state to resume with"),  # noqa: E501
-        (lambda: change(optimizer=[]), train, RESUME, "run/ckpt.pt is no checkpoint: it lacks optimizer"),  # noqa: E501
+        (
+            lambda: None,
+            train,
+            ["--init_from=resume", "--out_dir=no"],
+            "no ckpt.pt in no; name the folder of a run with --out_dir",
+        ),
+        (lambda: None, sample, ["--out_dir=no"], "no ckpt.pt in no; name the folder of a run with --out_dir"),
+        (
+            lambda: change(optimizer=None),
+            train,
+            RESUME,
+            "the checkpoint in run holds no optimizer state to resume with",
+        ),
+        (
+            lambda: change(optimizer=[]),
+            train,
+            RESUME,
+            "run/ckpt.pt is no checkpoint: it lacks optimizer",
+        ),
         (lambda: spoil_optimizer(lambda state: state.pop(1)), train, RESUME, UNFIT + "..."),
-        (lambda: spoil_optimizer(lambda state: state[0].pop("exp_avg")), train, RESUME, UNFIT + "'exp_avg'"),  # noqa: E501
-        (lambda: spoil_optimizer(lambda state: state.update({99: state.pop(0)})), train, RESUME, UNFIT + "list index out of range"),  # noqa: E501
-        (lambda: spoil_optimizer(lambda state: state[2].update(exp_avg=torch.ones(7))), train, RESUME, UNFIT + "..."),  # noqa: E501
-        (lambda: change(optimizer={"state": {}, "param_groups": []}), train, RESUME, UNFIT + "..."),  # noqa: E501
-        (lambda: change(config={"batch_size": "x"}), train, RESUME, "batch_size must be int, got 'x'"),  # noqa: E501
+        (
+            lambda: spoil_optimizer(lambda state: state[0].pop("exp_avg")),
+            train,
+            RESUME,
+            UNFIT + "KeyError: 'exp_avg'",
+        ),
+        (
+            lambda: spoil_optimizer(lambda state: state.update({99: state.pop(0)})),
+            train,
+            RESUME,
+            UNFIT + "IndexError: list index out of range",
+        ),
+        (
+            lambda: spoil_optimizer(lambda state: state[2].update(exp_avg=torch.ones(7))),
+            train,
+            RESUME,
+            UNFIT + "...",
+        ),
+        (
+            lambda: change(optimizer={"state": {}, "param_groups": []}),
+            train,
+            RESUME,
+            UNFIT + "...",
+        ),
+        (
+            lambda: change(config={"batch_size": "x"}),
+            train,
+            RESUME,
+            "the checkpoint's settings: batch_size must be int, got 'x'",
+        ),
         (lambda: arguments_of_model(n_head=0), sample, ["--out_dir=run"], OTHER + "..."),
         (lambda: arguments_of_model(n_head=3), sample, ["--out_dir=run"], OTHER + "..."),
         (lambda: arguments_of_model(n_layer=10**12), sample, ["--out_dir=run"], OTHER + "..."),
-        (lambda: arguments_of_model(n_embd="32"), sample, ["--out_dir=run"], OTHER + "'<' not supported between instances of 'str' and 'int'"),  # noqa: E501
+        (
+            lambda: arguments_of_model(n_embd="32"),
+            sample,
+            ["--out_dir=run"],
+            OTHER + "{'block_size': 16, 'vocab_size': 21, 'n_layer': 2, 'n_head': 2...",
+        ),
         (lambda: arguments_of_model(rotary=True), sample, ["--out_dir=run"], OTHER + "..."),
-        (lambda: arguments_of_model(n_layer=3), sample, ["--out_dir=run"], "the weights have 2 layers, the model 3"),  # noqa: E501
-        (lambda: arguments_of_model(n_embd=64), sample, ["--out_dir=run"], "the weights do not fit the model: ..."),  # noqa: E501
-        (lambda: None, train, [*RESUME, "--n_embd=64"], "the checkpoint has n_embd=32 and keeps it"),  # noqa: E501
-        (lambda: None, train, [*RESUME, "--block_size=32"], "block_size=32 exceeds the model's 16; lower --block_size"),  # noqa: E501
+        (
+            lambda: arguments_of_model(n_layer=3),
+            sample,
+            ["--out_dir=run"],
+            "the weights have 2 layers, the model 3",
+        ),
+        (
+            lambda: arguments_of_model(n_embd=64),
+            sample,
+            ["--out_dir=run"],
+            "the weights do not fit the model: ...",
+        ),
+        (
+            lambda: None,
+            train,
+            [*RESUME, "--n_embd=64"],
+            "the checkpoint has n_embd=32 and keeps it",
+        ),
+        (
+            lambda: None,
+            train,
+            [*RESUME, "--block_size=32"],
+            "block_size=32 exceeds the model's 16; lower --block_size",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_checkpoint_that_does_not_fit(launch, spoil, script, arguments, line):
     spoil()
     refused(launch, script, arguments, line)
@@ -365,12 +532,15 @@ def pickle_code():
         (lambda: Path("folder/config.json").unlink(), "folder: ..."),
         (lambda: describe(**GPT2_SHAPE, vocab_size=22), "folder: ..."),
         (lambda: describe(**GPT2_SHAPE | {"n_head": 5}, vocab_size=21), "folder: ..."),
-        (lambda: describe(**GPT2_SHAPE | {"n_head": 0}, vocab_size=21), "folder: ZeroDivisionError: ..."),  # noqa: E501
+        (
+            lambda: describe(**GPT2_SHAPE | {"n_head": 0}, vocab_size=21),
+            "folder: ZeroDivisionError: ...",
+        ),
         (lambda: describe(model_type="llama"), "folder: it is no GPT-2: its model_type is 'llama'"),
         (describe_code, "folder: ..."),
         (pickle_code, "folder: UnpicklingError: Weights only load failed"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_pretrained_folder(launch, pretrained, spoil, line):
     Path("folder").mkdir()
     for name, content in pretrained.items():
@@ -382,12 +552,16 @@ def test_a_wrong_pretrained_folder(launch, pretrained, spoil, line):
 @pytest.mark.parametrize(
     "script, arguments, line",
     [
-        (train, ["--init_from=folder", "--block_size=64"], "block_size=64 exceeds the model's 32; lower --block_size"),  # noqa: E501
+        (
+            train,
+            ["--init_from=folder", "--block_size=64"],
+            "block_size=64 exceeds the model's 32; lower --block_size",
+        ),
         (train, ["--init_from=scrach"], "init_from=scrach: choose ..."),
         (sample, ["--init_from=folder"], "the tokenizer has 50257 tokens, the model 21"),
         (sample, ["--init_from=scrach"], "init_from=scrach: choose ..."),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_choice_of_model(launch, pretrained, gpt2_files, script, arguments, line):
     Path("folder").mkdir()
     for name, content in pretrained.items():
@@ -405,20 +579,59 @@ PROMPT = "the prompt cannot be read as UTF-8 text: "
     [
         (["--start=" + "1" * 17], "the prompt has 17 tokens, the model reads 16 at most"),
         (["--start=1+1"], "1 unknown characters: '+' (PLUS SIGN)"),
-        (["--start=Caf\udce9"], PROMPT + "'utf-8' codec can't encode character '\\udce9' in position 3: surrogates not allowed"),  # noqa: E501
-        (["--start=FILE:latin1.txt"], PROMPT + "'utf-8' codec can't decode byte 0xe9 in position 3: unexpected end of data"),  # noqa: E501
-        (["--start=FILE:no.txt"], PROMPT + "[Errno 2] No such file or directory: 'no.txt'"),
-        (["--start=FILE:run"], PROMPT + "[Errno 21] Is a directory: 'run'"),
-        (["--num_samples=0", "--top_k=-1"], "num_samples=0 must be at least 1\ntop_k=-1 must be at least 0"),  # noqa: E501
+        (
+            ["--start=Caf\udce9"],
+            PROMPT + (
+                "UnicodeEncodeError: 'utf-8' codec can't encode character '\\udce9' in position 3: "
+                "surrogates not allowed"
+            ),
+        ),
+        (
+            ["--start=FILE:latin1.txt"],
+            PROMPT + "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in position 3...",
+        ),
+        (["--start=FILE:no.txt"], PROMPT + "No such file or directory"),
+        (["--start=FILE:run"], PROMPT + "Is a directory"),
+        (
+            ["--num_samples=0", "--top_k=-1"],
+            "num_samples=0 must be at least 1\ntop_k=-1 must be at least 0",
+        ),
         (["--temperature=-1"], "temperature=-1.0 must be at least 0"),
-        (["--top_p=2"], "top_p=2.0 must be between 0 and 1"),
+        (["--top_p=2"], "top_p=2.0 must be below 1.01"),
         (["--max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
         (["--start"], "--start needs a value"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_prompt_or_choice_of_tokens(launch, arguments, line):
     put("latin1.txt", "Caf\u00e9".encode("latin-1"))
     refused(launch, sample, ["--out_dir=run", "--device=cpu", *arguments], line)
+
+
+def reverse_the_data():
+    put(TRAIN, Path(TRAIN).read_bytes()[::-1])  # of 16-bit ids, all of them below 256
+    put(TRAIN, Path(TRAIN).read_bytes()[1:] + b"\0")
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [reverse_the_data, lambda: put(TRAIN, Path(TRAIN).read_bytes()[:4000])],
+    ids=["reversed", "half"],
+)
+def test_other_data_than_before_must_be_asked_for(launch, spoil):
+    launch(train, *TINY, "--max_iters=1", "--out_dir=new")
+    spoil()
+    resume = "--init_from=resume", "--out_dir=new", "--max_iters=2"
+    refused(launch, train, resume, "train.bin of dataset tiny has changed: it had 3519 tokens...")
+    launch(train, *resume, "--eval_only")
+    assert "iter 1: loss" in launch(train, *resume, "--new_data=True")
+
+
+def test_a_folder_called_wandb_is_not_taken_for_the_package(launch, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # what Python makes of it
+    line = "wandb_log=True needs wandb: pip install -e '.[wandb]'"
+    with pytest.raises(SystemExit) as stop:
+        launch(train, *TINY, "--wandb_log=True")
+    assert stop.value.code == f"error: {line}"
 
 
 @pytest.mark.parametrize(
@@ -426,10 +639,8 @@ def test_a_wrong_prompt_or_choice_of_tokens(launch, arguments, line):
     [
         (["--baseline=both"], "baseline=both: choose True, False or only"),
         (["--steps=0"], "steps=0 must be at least 1"),
-        (["--new_tokens=9", "--profile=True"], "--profile=True is for training steps; ..."),
-        (["--new_tokens=-1"], "new_tokens=-1, num_samples=1: draw 0 or at least 4 tokens..."),
-        (["--new_tokens=3"], "new_tokens=3, num_samples=1: draw 0 or at least 4 tokens..."),
-        (["--new_tokens=9", "--num_samples=0"], "new_tokens=9, num_samples=0: draw 0 or..."),
+        (["--new_tokens=-1"], "new_tokens=-1 must be at least 0"),
+        (["--new_tokens=9", "--num_samples=0"], "num_samples=0 must be at least 1"),
         (["--init_from=resume"], "bench.py times a new model; leave --init_from=resume out"),
         (["--n_head=0"], "n_head=0 must be at least 1"),
     ],
@@ -441,7 +652,7 @@ def test_a_wrong_benchmark(launch, arguments, line):
 @pytest.mark.skipif(torch.cuda.device_count() > 8, reason="has the device that is missing here")
 @pytest.mark.parametrize("script", [train, sample], ids=["train", "sample"])
 def test_a_device_that_is_not_there(launch, script):
-    line = "device=cuda:8: this machine has none; try --device=auto"
+    line = "device=cuda:8 cannot be used: ..."
     refused(launch, script, [*RESUME, "--device=cuda:8"], line)
 
 
@@ -449,7 +660,7 @@ def test_a_model_that_went_to_infinity(launch):
     weights = torch.load(CKPT, weights_only=True)["model"]
     weights["transformer.ln_f.weight"].fill_(torch.inf)
     change(model=weights)
-    line = "the model's logits are not finite; try another checkpoint"
+    line = "the logits are not finite; try another checkpoint"
     refused(launch, sample, ["--out_dir=run", "--device=cpu"], line)
 
 
@@ -468,9 +679,12 @@ def test_extremes_that_are_no_mistakes(launch):
     [
         (["train.py", "--out_dir"], "--out_dir needs a value"),
         (["train.py", "c.py", *RESUME], "c.py: SystemExit: 0"),
-        (["sample.py", *RESUME], "run/ckpt.pt cannot be read as a checkpoint: UnpicklingError: Weights only load failed"),  # noqa: E501
+        (
+            ["sample.py", *RESUME],
+            "run/ckpt.pt cannot be read as a checkpoint: UnpicklingError: Weights only load failed",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_process_ends_with_its_line_and_status_1(command, line):
     put("c.py", b"exit(0)")
     change(config=Payload())
