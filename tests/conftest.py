@@ -114,6 +114,30 @@ def finish(start):
     return run
 
 
+def at_step(monkeypatch, actions):
+    """Let `actions[step]()` happen within that training step."""
+    step = train.train_step
+
+    def watched(model, state, batches, number, runtime):
+        actions.get(number, bool)()
+        return step(model, state, batches, number, runtime)
+
+    monkeypatch.setattr(train, "train_step", watched)
+
+
+@pytest.fixture
+def file_limit():
+    """Bound the size of every file that this process writes, in bytes; None lifts the bound."""
+    resource = pytest.importorskip("resource")  # POSIX
+
+    def limit(size):
+        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size or most, most))
+
+    yield limit
+    limit(None)
+
+
 class Payload:
     """Code that a pickle would run: it creates the file `proof`."""
 

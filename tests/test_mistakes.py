@@ -117,7 +117,7 @@ NO_FILE = "a setting is given as --key=value"
         ),
         ([*TINY, "--beta1=1"], "beta1=1.0 must be below 1"),
         ([*TINY, "--device=cuda:9"], "device=cuda:9 cannot be used: ..."),
-        ([*TINY, "--device=meta"], "device=meta cannot be used: RuntimeError: Tensor.item() cannot ..."),
+        ([*TINY, "--device=meta"], "device=meta cannot be used: RuntimeError: ..."),
         (
             [*TINY, "--dtype=float16"],
             "dtype=float16: choose auto, float32, bfloat16, or float16 on CUDA",
@@ -403,7 +403,7 @@ def spoil_optimizer(spoil):
             ["--init_from=resume", "--out_dir=no"],
             "no ckpt.pt in no; name the folder of a run with --out_dir",
         ),
-        (lambda: None, sample, ["--out_dir=no"], "no ckpt.pt in no; name the folder of a run with --out_dir"),
+        (lambda: None, sample, ["--out_dir=no"], "no ckpt.pt in no; name the folder of a run ..."),
         (
             lambda: change(optimizer=None),
             train,
