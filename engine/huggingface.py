@@ -120,7 +120,7 @@ def check_vocabulary(name):
     except Exception as fault:  # damage can raise anything
         raise UserError(f"{name}: its tokenizer cannot be read: {reason(fault)}") from None
     if digest != GPT2_VOCABULARY:
-        raise UserError(f"{name} has a tokenizer of its own; take a model that reads GPT-2's tokens")
+        raise UserError(f"{name} has a tokenizer of its own; take a model with GPT-2's tokens")
 
 
 def vocabulary_digest(vocabulary):

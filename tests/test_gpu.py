@@ -1,7 +1,4 @@
-"""What only a GPU can show: nccl, 16-bit steps, compilation, pinned copies, memory, exact resume.
-
-The last tests pretend: how a run falls back where there is a GPU that cannot be used.
-"""
+"""What only a GPU can show: nccl, 16-bit steps, compilation, pinned copies, memory, exact resume."""
 
 import os
 import subprocess
@@ -14,7 +11,7 @@ from conftest import ROOT, TINY, assert_equal, load, losses
 import train
 from data.tokens import Batches, TokenFile, read_meta
 from engine.fast import use_fast_parts
-from engine.runtime import choose_device, start_runtime
+from engine.runtime import start_runtime
 from model import GPT, GPTConfig
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -107,27 +104,3 @@ def test_a_compiler_that_fails_is_left_out(launch, tiny, monkeypatch):
     monkeypatch.setattr(torch.nn.Module, "compile", fail)
     out = launch(train, *ON_GPU, "--compile=True", "--max_iters=2")
     assert "not compiled, which is slower: RuntimeError: no compiler" in out
-
-
-# --- GPUs that are not there ---------------------------------------------------------------------
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is no GPU to use")
-def test_a_gpu_that_cannot_be_used_gives_its_reason_and_auto_falls_back(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    device, why = choose_device("auto")
-    assert device.type == "cpu" and why.startswith(" (cuda cannot be used: ")
-    with pytest.raises(ValueError, match="^device=cuda cannot be used: .*; try --device=auto$"):
-        choose_device("cuda")
-    device, why = choose_device("cuda", fall_back=True)
-    assert device.type == "cpu" and why.startswith(" (device=cuda cannot be used: ")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="pretends that there is one GPU")
-def test_more_processes_than_gpus_compute_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    device, why = choose_device("auto")
-    assert device.type == "cpu" and why == " (2 processes for 1 GPUs; lower --nproc_per_node)"

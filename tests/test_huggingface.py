@@ -84,7 +84,7 @@ def test_a_model_that_reads_other_tokens_is_refused(tmp_path):
     write_tokenizer(tmp_path, "abcdefghijklmnopqrstu")
     with pytest.raises(ValueError) as fault:
         load_gpt2(str(tmp_path))
-    advice = "take a model that reads GPT-2's tokens"
+    advice = "take a model with GPT-2's tokens"
     assert str(fault.value) == f"{tmp_path} has a tokenizer of its own; {advice}"
 
 

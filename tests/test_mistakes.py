@@ -9,7 +9,6 @@ import os
 import pickle
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
@@ -605,33 +604,6 @@ PROMPT = "the prompt cannot be read as UTF-8 text: "
 def test_a_wrong_prompt_or_choice_of_tokens(launch, arguments, line):
     put("latin1.txt", "Caf\u00e9".encode("latin-1"))
     refused(launch, sample, ["--out_dir=run", "--device=cpu", *arguments], line)
-
-
-def reverse_the_data():
-    put(TRAIN, Path(TRAIN).read_bytes()[::-1])  # of 16-bit ids, all of them below 256
-    put(TRAIN, Path(TRAIN).read_bytes()[1:] + b"\0")
-
-
-@pytest.mark.parametrize(
-    "spoil",
-    [reverse_the_data, lambda: put(TRAIN, Path(TRAIN).read_bytes()[:4000])],
-    ids=["reversed", "half"],
-)
-def test_other_data_than_before_must_be_asked_for(launch, spoil):
-    launch(train, *TINY, "--max_iters=1", "--out_dir=new")
-    spoil()
-    resume = "--init_from=resume", "--out_dir=new", "--max_iters=2"
-    refused(launch, train, resume, "train.bin of dataset tiny has changed: it had 3519 tokens...")
-    launch(train, *resume, "--eval_only")
-    assert "iter 1: loss" in launch(train, *resume, "--new_data=True")
-
-
-def test_a_folder_called_wandb_is_not_taken_for_the_package(launch, monkeypatch):
-    monkeypatch.setitem(sys.modules, "wandb", types.ModuleType("wandb"))  # what Python makes of it
-    line = "wandb_log=True needs wandb: pip install -e '.[wandb]'"
-    with pytest.raises(SystemExit) as stop:
-        launch(train, *TINY, "--wandb_log=True")
-    assert stop.value.code == f"error: {line}"
 
 
 @pytest.mark.parametrize(

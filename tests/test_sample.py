@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from conftest import TEXT, TINY, nanogpt_checkpoint
+from conftest import TEXT, TINY
 
 import sample
 import train
-from data.tokens import char_meta, read_meta, write_dataset
+from data.tokens import char_meta, write_dataset
 
 
 @pytest.fixture
@@ -78,13 +78,6 @@ def test_a_vocabulary_without_a_newline_can_be_sampled(launch, tiny, start):
 def test_the_best_and_the_newest_can_be_sampled_by_name(trained):
     few = "--num_samples=1", "--max_new_tokens=5"
     assert trained(sample, "--checkpoint_file=best.pt", *few) == trained(sample, *few)
-
-
-def test_a_checkpoint_of_nanogpt_is_sampled_from(launch, tiny, monkeypatch):
-    monkeypatch.setattr(sample, "ROOT", tiny)  # where its dataset's meta.pkl is
-    nanogpt_checkpoint("theirs", read_meta(tiny / "data" / "tiny")["vocab_size"])
-    few = "--num_samples=2", "--max_new_tokens=20"
-    assert len(texts(launch(sample, "--out_dir=theirs", "--start=1", *few))) == 2
 
 
 def test_sampling_leaves_the_optimizer_state_on_the_disk(trained, tiny, monkeypatch):
