@@ -1,4 +1,4 @@
-"""What only a GPU can show: nccl, 16-bit steps, compilation, pinned copies, memory, exact resume."""
+"""What only a GPU can show: nccl, 16 bits, compilation, pinned copies, memory, exact resume."""
 
 import os
 import subprocess
