@@ -166,7 +166,7 @@ def convert(name, settings, value, text):
 
 
 def read_file(name, namespace, config):
-    """Return what a config file, looked for here, then beside the script, assigns.
+    """Return what a config file assigns; it is looked for here, then beside the script.
 
     It sees the settings as they stand. Underscored names, imports and functions are helpers.
     """

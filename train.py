@@ -36,7 +36,7 @@ auto_resume = False                 # resume where out_dir holds a checkpoint, e
 checkpoint_file: str | None = None  # resume from this file in out_dir; None: from the newest
 new_data = False                    # resume although the dataset has changed
 # Weights & Biases
-wandb_log = False                   # send the log there too
+wandb_log = False                   # send losses and speeds there too
 wandb_project = "owt"               # project that the run belongs to
 wandb_run_name = "gpt2"             # name of the run
 # Data
@@ -198,7 +198,7 @@ def prepare_model(state, batches, runtime):
     model = wrap(state.model, runtime)
 
     def try_out():
-        """Run a forward and backward that change nothing, so that the compiler shows its worth."""
+        """Run a forward and backward pass that change nothing: the compiler works at the first."""
         tokens = send(batches(state.step)[0], runtime.device)
         model.require_backward_grad_sync = False  # the compiler of one rank may fail
         model(tokens[:, :-1], tokens[:, 1:], loss_only=True).backward()

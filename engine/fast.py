@@ -46,7 +46,7 @@ def use_fast_parts(model, device):
 
 
 def keep_freed_memory():
-    """Let the C library keep what a step frees: getting it anew took a quarter of a step."""
+    """Let the C library keep memory that is freed: asking for it anew took a quarter of a step."""
     if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
         with suppress(AttributeError, OSError, TypeError):  # there is no glibc
             ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX

@@ -1,4 +1,4 @@
-"""The folder of a run: owned by it alone, an older run moved aside, newest and best state kept.
+"""The folder of a run: it has one owner, keeps the newest and the best state, and an older run.
 
     always_save_checkpoint    newest     best
     True                      ckpt.pt    best.pt
@@ -43,9 +43,9 @@ def claim(folder, runtime):
 
 
 def lock(folder):
-    """Lock `folder` until main or the process ends, in whatever way; UserError if that is taken.
+    """Lock `folder` until main() or the process ends; UserError if another process holds it.
 
-    Where files cannot be locked, nothing happens.
+    The system frees it however the process ends. Where files cannot be locked, nothing happens.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -55,7 +55,7 @@ def lock(folder):
     file = open(folder / ".lock", "a+", encoding="utf-8")
     at_end.append(file.close)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system frees it, if not we
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.seek(0)
         owner = file.read(200) or "another process"

@@ -189,7 +189,7 @@ def atomic(path):
 
 
 def sync_folder(folder):
-    """Bring the names in `folder` to the disk; until then a new one may vanish with the power."""
+    """Write the list of names in `folder` to the disk: else a power cut may undo a rename."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -197,7 +197,7 @@ def sync_folder(folder):
 
 
 def link(path, name):
-    """Give the file at `path` the further name `name`, in place of what was there."""
+    """Let the file at `path` also be called `name`, in place of what was called so."""
     temporary = name.with_name(name.name + ".tmp")
     temporary.unlink(missing_ok=True)
     try:

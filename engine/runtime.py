@@ -169,7 +169,7 @@ def choose_compile(setting, device):
 
 
 def compile_model(model, runtime, attempt):
-    """Compile `model` in place if `runtime.compile` says so, and correct that where it fails.
+    """Compile `model` in place if `runtime.compile` is True; where that fails, set it to False.
 
     `attempt()` makes a forward and backward pass through what wrap() made of the model, so that the
     compiler splits its graph where DDP sends gradients. If it fails, the model is as it was.
