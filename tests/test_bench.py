@@ -1,6 +1,7 @@
 """The benchmark, run as a user runs it."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -10,6 +11,26 @@ import bench
 import train
 from data.tokens import char_meta, write_dataset
 from docs import growth
+
+# What follows `ours: ` or `nanoGPT's way: ` and the shape of the work.
+RATE = r" tokens, median [\d.]+ ms \([\d.]+ to [\d.]+ in \d+ laps\), [\d,]+ tokens/s"
+FLOPS = r"  [\d.]+ TFLOP/s, mfu unknown: no peak for this device"
+RATIO = r"nanoGPT's way takes \d+\.\d\d times as long"
+MEMORY = r"peak memory: \d+\.\d\d GiB"
+FEW = *TINY, "--steps=1", "--seconds=0.1"
+
+
+@pytest.fixture
+def built(monkeypatch):
+    """Note the models that the benchmark builds."""
+    models, build = [], train.build_model
+
+    def spy(*arguments):
+        models.append(build(*arguments))
+        return models[-1]
+
+    monkeypatch.setattr(train, "build_model", spy)
+    return models
 
 
 def test_the_benchmark_times_the_real_step(launch, tiny, monkeypatch):
@@ -21,38 +42,48 @@ def test_the_benchmark_times_the_real_step(launch, tiny, monkeypatch):
 
     monkeypatch.setattr(train, "train_step", spy)
     monkeypatch.setattr(bench, "ROOT", tiny)
-    out = launch(bench, *TINY, "--steps=5", "--seconds=5", "--profile=True")
+    launch(bench, *TINY, "--steps=5", "--seconds=5", "--profile=True")
     assert steps[:6] == [0, 1, 2, 3, 4, 5]  # one to warm up, then five
     assert steps[-3:] == [0, 1, 2]  # for the profile
-    for start in ("hardware: 1 x cpu", "data: train.bin, 3,", "ours: 1 x 4 x 16 tokens, "):
-        assert sum(line.startswith(start) for line in out.splitlines()) == 1
     assert json.loads((tiny / "trace.json").read_text())["traceEvents"]
-    out = launch(bench, *TINY, "--dataset=no", "--steps=1", "--seconds=0.1")
-    assert "data: random.bin" in out and not (tiny / "out").exists()
 
 
-def test_the_benchmark_compares_with_nanogpts_way(launch, tiny):
-    out = launch(bench, *TINY, "--steps=2", "--dropout=0.2", "--baseline=True")
-    assert out.count("tokens, median") == 2 and "nanoGPT's way takes " in out
-    out = launch(bench, *TINY, "--steps=2", "--baseline=only")
-    assert out.count("tokens, median") == 1 and "nanoGPT's way: 1 x 4 x 16 tokens" in out
-    out = launch(bench, *TINY, "--new_tokens=20", "--num_samples=3", "--baseline=True")
-    assert "ours: 3 x 20 tokens" in out and "nanoGPT's way: 3 x 20 tokens" in out
+@pytest.mark.parametrize(
+    "options, lines",
+    [
+        ([], ["ours: 1 x 4 x 16" + RATE, FLOPS]),
+        (["--baseline=only"], ["nanoGPT's way: 1 x 4 x 16" + RATE, FLOPS]),
+        (
+            ["--baseline=True", "--gradient_accumulation_steps=2", "--dropout=0.2"],
+            ["ours: 2 x 4 x 16" + RATE, FLOPS, "nanoGPT's way: 2 x 4 x 16" + RATE, FLOPS, RATIO],
+        ),
+        (
+            ["--baseline=True", "--new_tokens=9", "--num_samples=3"],
+            ["ours: 3 x 9" + RATE, "nanoGPT's way: 3 x 9" + RATE, RATIO],
+        ),
+    ],
+)
+def test_each_mode_prints_its_lines(launch, tiny, options, lines):
+    found = launch(bench, *FEW, "--dataset=none", *options).splitlines()
+    expected = ["hardware: 1 x cpu, float32 .+", "data: random.bin, 1,048,592 tokens"]
+    for line, pattern in zip(found, [*expected, *lines, MEMORY], strict=True):
+        assert re.fullmatch(pattern, line), (line, pattern)
+    assert not (tiny / "out").exists()
 
 
-def test_nanogpts_way_makes_the_same_update(launch, tiny, monkeypatch):
+@pytest.mark.parametrize("work", [[], ["--new_tokens=2"]])
+def test_nanogpts_way_is_the_model_without_fast_parts(launch, tiny, built, work):
+    launch(bench, *FEW, "--baseline=True", *work)
+    ours, theirs = built
+    assert "head_loss" in vars(ours) and "head_loss" not in vars(theirs)
+    assert not any("forward" in vars(module) for module in theirs.modules())
+
+
+def test_nanogpts_way_makes_the_same_update(launch, tiny, built, monkeypatch):
     ids = [n % 7 for n in range(17)]  # one window: both read the same tokens
     write_dataset(tiny / "data" / "tiny", char_meta("abcdefg"), train=[ids], val=[ids])
-    built, build = [], train.build_model
-
-    def spy(*arguments):
-        built.append(build(*arguments))
-        return built[-1]
-
-    monkeypatch.setattr(train, "build_model", spy)
     monkeypatch.setattr(bench, "ROOT", tiny)
-    launch(bench, *TINY, "--steps=1", "--seconds=0.1", "--baseline=True")
-    assert len(built) == 2
+    assert "data: train.bin, 17 tokens" in launch(bench, *FEW, "--baseline=True")
     ours, theirs = (dict(model.named_parameters()) for model in built)
     for name, weight in ours.items():
         torch.testing.assert_close(theirs[name], weight, atol=1e-4, rtol=1e-3)

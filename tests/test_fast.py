@@ -125,6 +125,42 @@ def test_a_linear_layer_of_few_rows_equals_the_plain_one(monkeypatch, shape, bia
     assert layer.weight.grad is not None
 
 
+def count_calls(monkeypatch):
+    """Count the calls of each part, by name."""
+    calls = dict.fromkeys(("head_loss", "dropout", "attend", "linear"), 0)
+
+    def counted(name, part):
+        def call(*arguments, **options):
+            calls[name] += 1
+            return part(*arguments, **options)
+
+        return call
+
+    for name in calls:
+        monkeypatch.setattr(fast, name, counted(name, getattr(fast, name)))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "device, expected",
+    [
+        ("cpu", {"head_loss": 1, "dropout": 5, "attend": 2, "linear": 8}),
+        ("cuda", {"head_loss": 1, "dropout": 0, "attend": 0, "linear": 0}),
+    ],
+)
+def test_a_model_computes_with_the_parts_that_gain_on_its_device(monkeypatch, device, expected):
+    calls = count_calls(monkeypatch)
+    model = GPT(GPTConfig(16, 40, n_layer=2, n_head=2, n_embd=32, dropout=0.1))
+    tokens = torch.randint(40, (3, 17))
+    model(tokens[:, :-1], tokens[:, 1:], loss_only=True)
+    assert not any(calls.values())  # the plain model needs none
+    names = list(model.state_dict()), [name for name, _ in model.named_parameters()]
+    fast.use_fast_parts(model, torch.device(device))
+    assert (list(model.state_dict()), [name for name, _ in model.named_parameters()]) == names
+    model(tokens[:, :-1], tokens[:, 1:], loss_only=True)
+    assert calls == expected
+
+
 @pytest.mark.parametrize("few", [0, 2**22])
 def test_a_model_with_the_parts_has_the_losses_and_gradients_of_the_plain_one(monkeypatch, few):
     monkeypatch.setattr(fast, "FEW_LOGITS", few)
@@ -134,7 +170,6 @@ def test_a_model_with_the_parts_has_the_losses_and_gradients_of_the_plain_one(mo
     quick = GPT(config)
     quick.load_state_dict(plain.state_dict())
     fast.use_fast_parts(quick, torch.device("cpu"))
-    assert list(quick.state_dict()) == list(plain.state_dict())
     tokens = torch.randint(40, (3, 17))
     for model in (plain, quick):
         model(tokens[:, :-1], tokens[:, 1:], loss_only=True).backward()

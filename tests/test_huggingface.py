@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import save_pretrained
 
+from data.tokens import GPT2, BPETokenizer
 from engine.huggingface import load_gpt2
 from model import GPT
 
@@ -78,9 +79,54 @@ def write_tokenizer(folder, tokens):
     (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
 
 
+def in_two(token, ranks):
+    """Return the two tokens that `token` is merged from: bytes, as all that follow."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, len(ranks)) for a, b in zip(parts, parts[1:], strict=False)]
+        at = pairs.index(min(pairs))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def write_gpt2_tokenizer(folder):
+    """Write vocab.json and merges.txt as OpenAI published them, from what tiktoken makes of them.
+
+    In these files 188 bytes stand for themselves, the other 68 are characters from 256 on.
+    """
+    encoding = BPETokenizer(GPT2).encoding
+    ranks = {encoding.decode_single_token_bytes(i): i for i in range(50256)}
+    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in shown]
+    letters = {byte: chr(byte) for byte in shown}
+    letters |= {byte: chr(256 + index) for index, byte in enumerate(hidden)}
+
+    def spell(token):
+        return "".join(letters[byte] for byte in token)
+
+    vocabulary = {spell(token): number for token, number in ranks.items()}
+    vocabulary["<|endoftext|>"] = 50256
+    merged = [token for token in ranks if len(token) > 1]
+    merges = [" ".join(map(spell, in_two(token, ranks))) for token in merged]
+    (folder / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    lines = ["#version: 0.2", *merges, ""]
+    (folder / "merges.txt").write_text("\n".join(lines), encoding="utf-8")
+    return vocabulary
+
+
+def test_a_folder_with_gpt2s_own_tokenizer_is_accepted(tmp_path, gpt2_files):
+    save_pretrained(tmp_path, vocab_size=50257)
+    vocabulary = write_gpt2_tokenizer(tmp_path)
+    assert load_gpt2(str(tmp_path))[0]["vocab_size"] == 50257
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
+    with pytest.raises(ValueError, match="has a tokenizer of its own"):
+        load_gpt2(str(tmp_path))
+
+
 def test_a_model_that_reads_other_tokens_is_refused(tmp_path):
     save_pretrained(tmp_path)
-    assert load_gpt2(str(tmp_path))[0]["vocab_size"] == 21
+    assert load_gpt2(str(tmp_path))[0]["vocab_size"] == 21  # without one it is taken for GPT-2's
     write_tokenizer(tmp_path, "abcdefghijklmnopqrstu")
     with pytest.raises(ValueError) as fault:
         load_gpt2(str(tmp_path))

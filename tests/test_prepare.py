@@ -1,9 +1,12 @@
 """The prepare scripts: counts, bytes and tokens against references, and what they refuse."""
 
+import hashlib
 import importlib
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -112,19 +115,29 @@ SHAPES = {
 }
 
 
+def need_files_of(tokenizer):
+    """Skip where tiktoken has no copy of what this tokenizer needs beside gpt2's files."""
+    url = f"https://openaipublic.blob.core.windows.net/encodings/{tokenizer}.tiktoken"
+    name = hashlib.sha1(url.encode()).hexdigest()
+    copy = Path(os.environ["TIKTOKEN_CACHE_DIR"], name)
+    if tokenizer not in ("char", "gpt2") and not copy.exists():
+        pytest.skip(f"no copy of tiktoken's files for {tokenizer} in TIKTOKEN_CACHE_DIR")
+
+
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2", "cl100k_base"])
 def test_any_text_is_read_in_small_pieces_that_change_no_token(
     tmp_path, monkeypatch, gpt2_files, shape, tokenizer
 ):
+    need_files_of(tokenizer)
     script = importlib.import_module("data.text.prepare")
     monkeypatch.setattr(script, "PIECE", 1000)
     monkeypatch.setattr(script, "tokenizer", tokenizer)
     (tmp_path / "own.txt").write_text(SHAPES[shape], newline="")
     parts = [text for text, _ in script.pieces([tmp_path / "own.txt"])]
     assert "".join(parts) == SHAPES[shape] and max(map(len, parts)) < 2100
-    if tokenizer == "gpt2":
-        encode = BPETokenizer(GPT2).encode
+    if tokenizer != "char":
+        encode = BPETokenizer({"tokenizer": tokenizer}).encode
         assert [i for part in parts for i in encode(part)] == encode(SHAPES[shape])
 
 
@@ -136,21 +149,40 @@ def test_characters_need_no_place_to_cut(tmp_path, monkeypatch):
     assert max(len(text) for text, _ in script.pieces([tmp_path / "own.txt"])) <= 1000
 
 
+ALPHABET = " \n\t'.,-/abAs1\u00e9\u4e2d\u3002\u0301\u00b2\u2003"
+
+
 def test_random_text_in_pieces_gives_the_tokens_of_the_whole(tmp_path, monkeypatch, gpt2_files):
     hypothesis = pytest.importorskip("hypothesis")
     script = importlib.import_module("data.text.prepare")
     monkeypatch.setattr(script, "PIECE", 7)
     monkeypatch.setattr(script, "tokenizer", "gpt2")
     encode = BPETokenizer(GPT2).encode
-    alphabet = " \n\t'.,-ab1\u00e9\u4e2d\u3002\u0301\u00b2\u2003"
-    texts = hypothesis.strategies.text(alphabet=alphabet, max_size=60)
 
     @hypothesis.settings(max_examples=300, deadline=None, database=None, derandomize=True)
-    @hypothesis.given(texts)
+    @hypothesis.given(hypothesis.strategies.text(alphabet=ALPHABET, max_size=60))
     def attempt(text):
         (tmp_path / "own.txt").write_text(text, newline="", encoding="utf-8")
         parts = [part for part, _ in script.pieces([tmp_path / "own.txt"])]
         assert [i for part in parts for i in encode(part)] == encode(text)
+
+    attempt()
+
+
+@pytest.mark.parametrize("name", ["r50k_base", "cl100k_base", "o200k_base"])
+def test_no_encoding_of_tiktokens_has_a_token_across_a_cut(monkeypatch, name):
+    """Tokens lie within the parts that a pattern cuts out; that needs no file of tokens."""
+    hypothesis, regex = pytest.importorskip("hypothesis"), pytest.importorskip("regex")
+    encodings = importlib.import_module("tiktoken_ext.openai_public")
+    monkeypatch.setattr(encodings, "load_tiktoken_bpe", lambda *arguments, **options: {})
+    pattern = regex.compile(getattr(encodings, name)()["pat_str"])
+    cut = importlib.import_module("data.text.prepare").CUT
+
+    @hypothesis.settings(max_examples=500, deadline=None, database=None, derandomize=True)
+    @hypothesis.given(hypothesis.strategies.text(alphabet=ALPHABET, max_size=60))
+    def attempt(text):
+        parts = [match.end() for match in pattern.finditer(text)]
+        assert {match.end() for match in cut.finditer(text)} <= set(parts)
 
     attempt()
 
