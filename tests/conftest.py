@@ -15,6 +15,11 @@ import train
 from configurator import configure
 from data.tokens import CharTokenizer, char_meta, write_dataset
 
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
 ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)  # the models are tiny: on a busy machine more threads wait for each other
 SHARED = ROOT.parent / "shared" / "data"  # real corpora, where they are
@@ -48,6 +53,20 @@ def assert_equal(left, right, **tolerance):
             torch.testing.assert_close(other, tensor, **tolerance)
 
 
+def limit_files(size):
+    """Bound the size of every file that this process writes, in bytes; None lifts the bound."""
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size or most, most))
+
+
+@pytest.fixture
+def file_limit():
+    """Give a test limit_files(); launch() lifts the bound: pytest may print to a file too."""
+    if resource is None:
+        pytest.skip("files have no limits here")
+    return limit_files
+
+
 @pytest.fixture
 def launch(capsys, monkeypatch):
     """Run a script's main in this process; return what it printed. SystemExit holds its errors."""
@@ -56,7 +75,11 @@ def launch(capsys, monkeypatch):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
         others = [vars(train)] if script.__name__ == "bench" else []
         capsys.readouterr()
-        script.main(configure(vars(script), *others))
+        try:
+            script.main(configure(vars(script), *others))
+        finally:
+            if resource:
+                limit_files(None)
         return capsys.readouterr().out
 
     return run
@@ -123,19 +146,6 @@ def at_step(monkeypatch, actions):
         return step(model, state, batches, number, runtime)
 
     monkeypatch.setattr(train, "train_step", watched)
-
-
-@pytest.fixture
-def file_limit():
-    """Bound the size of every file that this process writes, in bytes; None lifts the bound."""
-    resource = pytest.importorskip("resource")  # POSIX
-
-    def limit(size):
-        most = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size or most, most))
-
-    yield limit
-    limit(None)
 
 
 class Payload:
