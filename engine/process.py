@@ -122,10 +122,10 @@ def shared_store():
 
 def is_said_by_another_rank(text):
     """Return whether another rank printed this error; rank 0 has a second to speak for all."""
-    store = shared_store()
-    if store is None:
-        return False
     with suppress(Exception):  # the machine that keeps the store may have ended
+        store = shared_store()
+        if store is None:
+            return False
         tries = 0 if os.environ["RANK"] == "0" else 10
         while tries and not store.check([text]):
             time.sleep(0.1)  # wait() would log its own timeout
