@@ -188,8 +188,7 @@ def build_state(saved, meta, data, config, runtime):
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     digests = {split: tokens.digest() for split, tokens in data.items()}
     state = State(model, optimizer, scaler, meta, digests)
-    if saved:
-        state.restore(saved, config, runtime)
+    state.restore(saved, config, runtime)
     return state
 
 

@@ -149,10 +149,16 @@ class State:
     wandb_id: str | None = None
 
     def restore(self, saved, config, runtime):
-        """Take over what the checkpoint `saved` holds beside the weights. Every rank must call it.
+        """Take over what the checkpoint `saved` holds beside the weights; None changes nothing.
 
-        Raises UserError if the run would go on with other data than it was trained on.
+        Every rank must call it. Raises UserError if the run would go on with other data than it was
+        trained on, or ranks from different steps.
         """
+        step = saved["iter_num"] if saved else -1  # a new run is at none
+        if runtime.reduce("min", step) != runtime.reduce("max", step):
+            raise UserError("machines resume from different steps: they must share out_dir")
+        if saved is None:
+            return
         dataset = config["dataset"]
         if saved.get("tokenizer", self.tokenizer) != self.tokenizer:
             raise UserError(f"dataset {dataset} is encoded unlike the checkpoint's data")
@@ -167,8 +173,6 @@ class State:
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.wandb_id = saved["iter_num"], saved.get("wandb_id")
-        if runtime.reduce("min", self.step) != runtime.reduce("max", self.step):
-            raise UserError("machines resume from different steps: they must share out_dir")
 
     def collect(self, step, best_val_loss, config, runtime):
         """Return the content of a checkpoint; whole on rank 0. Every rank must call it."""
