@@ -7,10 +7,12 @@ a line, which differs with its version, is "...".
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXT, TINY, Payload
@@ -18,7 +20,7 @@ from conftest import ROOT, TEXT, TINY, Payload
 import bench
 import sample
 import train
-from data.tokens import char_meta, read_meta
+from data.tokens import TokenFile, char_meta, read_meta
 from model import GPT, GPTConfig
 
 SIZES = {"block_size": 16, "vocab_size": 21, "n_layer": 2, "n_head": 2, "n_embd": 32}
@@ -57,14 +59,16 @@ def refused(launch, script, arguments, line):
     given = str(stop.value.code).splitlines()
     assert len(given) == len(lines), given
     for mine, expected in zip(given, lines, strict=True):
-        start, dots, _ = expected.partition("...")
-        assert (mine[: len(start)] if dots else mine) == (start if dots else expected)
+        start, dots, end = expected.partition("...")
+        whole = mine[: len(start)] + dots + mine[max(len(mine) - len(end), len(start)) :]
+        assert (whole if dots else mine) == expected
     assert snapshot(here) == before
 
 
 # --- settings ------------------------------------------------------------------------------------
 
 NO_FILE = "a setting is given as --key=value"
+NO_UTF8 = "SyntaxError: (unicode error) 'utf-8' codec can't decode byte"
 
 
 @pytest.mark.parametrize(
@@ -102,6 +106,18 @@ NO_FILE = "a setting is given as --key=value"
         ([*TINY, "--n_head=3"], "n_embd=32 is no multiple of n_head=3"),
         ([*TINY, "--min_lr=-1"], "min_lr=-1.0 must be at least 0"),
         (
+            [*TINY, "--learning_rate=1e-4", "--min_lr=1e-3"],
+            "min_lr=0.001 exceeds learning_rate=0.0001; lower --min_lr",
+        ),
+        (
+            [*TINY, "--init_from=auto"],
+            "init_from=auto: say what to start from, and add --auto_resume=True",
+        ),
+        (
+            [*TINY, "--out_dir=~nobody-like-it/x"],
+            "~nobody-like-it/x: RuntimeError: Could not determine home directory.",
+        ),
+        (
             [*TINY, "--lr_decay_iters=-5", "--decay_lr=False"],
             "lr_decay_iters=-5 must be at least 0",
         ),
@@ -115,8 +131,11 @@ NO_FILE = "a setting is given as --key=value"
             f"max_iters={int(1e30)} must be below {2**31}",
         ),
         ([*TINY, "--beta1=1"], "beta1=1.0 must be below 1"),
-        ([*TINY, "--device=cuda:9"], "device=cuda:9 cannot be used: ..."),
-        ([*TINY, "--device=meta"], "device=meta cannot be used: RuntimeError: ..."),
+        ([*TINY, "--device=cuda:9"], "device=cuda:9 cannot be used: ...; try --device=auto"),
+        (
+            [*TINY, "--device=meta"],
+            "device=meta cannot be used: RuntimeError: ...; try --device=auto",
+        ),
         (
             [*TINY, "--dtype=float16"],
             "dtype=float16: choose auto, float32, bfloat16, or float16 on CUDA",
@@ -129,7 +148,6 @@ NO_FILE = "a setting is given as --key=value"
             [*TINY, "--out_dir=run/ckpt.pt/a/b"],
             "out_dir=run/ckpt.pt/a/b: {tmp}/run/ckpt.pt is not a folder that can be written to",
         ),
-        ([*TINY, "--out_dir=/proc/nothing"], "/proc..."),
         ([*TINY, "--out_dir=" + "x" * 300], "x" * 300 + ": File name too long"),
         (
             [*TINY, "--warmup_iters=9", "--lr_decay_iters=9"],
@@ -173,9 +191,9 @@ def test_a_wrong_setting(launch, arguments, line):
         (b"max_iters = [0] * 2**62", "MemoryError:"),
         (b"import nothing_like_it", "ModuleNotFoundError: No module named 'nothing_like_it'"),
         (b"globals()[5] = 5", "TypeError: 'int' object is not subscriptable"),
-        (b"out_dir = 'Caf\xe9'", "SyntaxError: ..."),
-        (b"max_iters = 5\0", "..."),
-        (b"\x80\x04\x95\xff\xfe", "SyntaxError: ..."),
+        (b"out_dir = 'Caf\xe9'", f"{NO_UTF8} 0xe9..."),
+        (b"max_iters = 5\0", "...source code string cannot contain null bytes"),
+        (b"\x80\x04\x95\xff\xfe", f"{NO_UTF8} 0x80..."),
     ],
 )
 def test_a_wrong_config_file(launch, content, line):
@@ -242,9 +260,12 @@ AGAIN = "prepare it again"
             lambda: meta(**char_meta("abc")),
             "{tmp}/data/tiny/train.bin holds id 20, the vocabulary 3",
         ),
-        (lambda: put(META, b""), f"{NO_META} (..."),
-        (lambda: put(META, b"garbage"), f"{NO_META} (..."),
-        (lambda: put(META, Path(META).read_bytes()[:50]), f"{NO_META} (..."),
+        (lambda: put(META, b""), f"{NO_META} (EOFError: ); {AGAIN}"),
+        (
+            lambda: put(META, b"garbage"),
+            f"{NO_META} (invalid literal for int() with base 10: b'arbag'); {AGAIN}",
+        ),
+        (lambda: put(META, Path(META).read_bytes()[:50]), f"{NO_META} (EOFError: ); {AGAIN}"),
         (
             lambda: put(META, pickle.dumps([1])),
             f"{NO_META} (TypeError: list indices must be integers or slices, not str); {AGAIN}",
@@ -272,7 +293,10 @@ AGAIN = "prepare it again"
             lambda: meta(stoi=None),
             f"{NO_META} (AttributeError: 'NoneType' object has no attribute 'get'); {AGAIN}",
         ),
-        (lambda: meta(extra=Payload()), f"{NO_META} (UnpicklingError: it asks to run ..."),
+        (
+            lambda: meta(extra=Payload()),
+            f"{NO_META} (UnpicklingError: it asks to run ...open); {AGAIN}",
+        ),
     ],
 )
 def test_a_wrong_dataset(launch, spoil, line):
@@ -286,7 +310,8 @@ def test_a_wrong_dataset(launch, spoil, line):
         (
             lambda: Path(META).unlink(),
             RESUME,
-            "dataset tiny has a vocabulary of 50304, the model 21; prepare ...",
+            "dataset tiny has a vocabulary of 50304, the model 21; "
+            "prepare the dataset with the model's tokenizer",
         ),
         (
             lambda: meta(**char_meta(TEXT.replace("0", "O"))),
@@ -296,14 +321,25 @@ def test_a_wrong_dataset(launch, spoil, line):
         (
             lambda: None,
             [*TINY, "--init_from=gpt2"],
-            "dataset tiny has a vocabulary of 21, the model 50257; prepare the "
-            "dataset with the model's tokenizer",
+            "dataset tiny has a vocabulary of 21, the model 50257; "
+            "prepare the dataset with the model's tokenizer",
         ),
     ],
 )
 def test_a_dataset_of_another_vocabulary(launch, spoil, arguments, line):
     spoil()
     refused(launch, train, arguments, line)
+
+
+def test_a_dataset_in_another_order_than_before(launch):
+    def digest():
+        return TokenFile(Path(TRAIN), read_meta(Path(TRAIN).parent), 16).digest()
+
+    was = digest()
+    change(data={"train": was})
+    put(TRAIN, np.fromfile(TRAIN, "<u2")[::-1].tobytes())
+    changed = f"train.bin of dataset tiny has changed: it had {was}, and has {digest()}"
+    refused(launch, train, RESUME, f"{changed}; --new_data=True goes on with it")
 
 
 # --- checkpoints ---------------------------------------------------------------------------------
@@ -331,7 +367,11 @@ def in_the_weights():
 
 
 UNREADABLE = "run/ckpt.pt cannot be read as a checkpoint: "
-OTHER = "the checkpoint is of another kind of model: "
+
+
+def other(**fields):
+    shown = {**SIZES, "dropout": 0.0, "bias": False, "gelu_tanh": False, **fields}
+    return f"the checkpoint is of another kind of model: {shown}"
 
 
 @pytest.mark.parametrize(
@@ -379,6 +419,7 @@ def test_a_wrong_checkpoint(launch, script, spoil, line):
 
 
 UNFIT = "the checkpoint's optimizer fits another model: "
+WRONG_SHAPE = "tensor 2 has exp_avg of shape (7,), not (96, 32)"
 
 
 def spoil_optimizer(spoil):
@@ -393,6 +434,10 @@ def spoil_optimizer(spoil):
     change(optimizer=state)
 
 
+def wrong_shape(state):
+    state[2]["exp_avg"] = torch.ones(7)
+
+
 @pytest.mark.parametrize(
     "spoil, script, arguments, line",
     [
@@ -402,7 +447,24 @@ def spoil_optimizer(spoil):
             ["--init_from=resume", "--out_dir=no"],
             "no ckpt.pt in no; name the folder of a run with --out_dir",
         ),
-        (lambda: None, sample, ["--out_dir=no"], "no ckpt.pt in no; name the folder of a run ..."),
+        (
+            lambda: None,
+            sample,
+            ["--out_dir=no"],
+            "no ckpt.pt in no; name the folder of a run with --out_dir",
+        ),
+        (
+            lambda: None,
+            train,
+            [*RESUME, "--checkpoint_file=no.pt"],
+            "run/no.pt cannot be read as a checkpoint: No such file or directory",
+        ),
+        (
+            lambda: None,
+            sample,
+            ["--out_dir=run", "--checkpoint_file=no.pt"],
+            "run/no.pt cannot be read as a checkpoint: No such file or directory",
+        ),
         (
             lambda: change(optimizer=None),
             train,
@@ -415,7 +477,12 @@ def spoil_optimizer(spoil):
             RESUME,
             "run/ckpt.pt is no checkpoint: it lacks optimizer",
         ),
-        (lambda: spoil_optimizer(lambda state: state.pop(1)), train, RESUME, UNFIT + "..."),
+        (
+            lambda: spoil_optimizer(lambda state: state.pop(1)),
+            train,
+            RESUME,
+            UNFIT + "it has moments of 14 tensors, the model 15",
+        ),
         (
             lambda: spoil_optimizer(lambda state: state[0].pop("exp_avg")),
             train,
@@ -429,16 +496,16 @@ def spoil_optimizer(spoil):
             UNFIT + "IndexError: list index out of range",
         ),
         (
-            lambda: spoil_optimizer(lambda state: state[2].update(exp_avg=torch.ones(7))),
+            lambda: spoil_optimizer(wrong_shape),
             train,
             RESUME,
-            UNFIT + "...",
+            UNFIT + WRONG_SHAPE,
         ),
         (
             lambda: change(optimizer={"state": {}, "param_groups": []}),
             train,
             RESUME,
-            UNFIT + "...",
+            UNFIT + "zip() argument 2 is shorter than argument 1",
         ),
         (
             lambda: change(config={"batch_size": "x"}),
@@ -446,16 +513,16 @@ def spoil_optimizer(spoil):
             RESUME,
             "the checkpoint's settings: batch_size must be int, got 'x'",
         ),
-        (lambda: arguments_of_model(n_head=0), sample, ["--out_dir=run"], OTHER + "..."),
-        (lambda: arguments_of_model(n_head=3), sample, ["--out_dir=run"], OTHER + "..."),
-        (lambda: arguments_of_model(n_layer=10**12), sample, ["--out_dir=run"], OTHER + "..."),
+        (lambda: arguments_of_model(n_head=0), sample, ["--out_dir=run"], other(n_head=0)),
+        (lambda: arguments_of_model(n_head=3), sample, ["--out_dir=run"], other(n_head=3)),
         (
-            lambda: arguments_of_model(n_embd="32"),
+            lambda: arguments_of_model(n_layer=10**12),
             sample,
             ["--out_dir=run"],
-            OTHER + "{'block_size': 16, 'vocab_size': 21, 'n_layer': 2, 'n_head': 2...",
+            other(n_layer=10**12),
         ),
-        (lambda: arguments_of_model(rotary=True), sample, ["--out_dir=run"], OTHER + "..."),
+        (lambda: arguments_of_model(n_embd="32"), sample, ["--out_dir=run"], other(n_embd="32")),
+        (lambda: arguments_of_model(rotary=True), sample, ["--out_dir=run"], other(rotary=True)),
         (
             lambda: arguments_of_model(n_layer=3),
             sample,
@@ -466,7 +533,8 @@ def spoil_optimizer(spoil):
             lambda: arguments_of_model(n_embd=64),
             sample,
             ["--out_dir=run"],
-            "the weights do not fit the model: ...",
+            "the weights do not fit the model: Error(s) in loading state_dict for GPT: size "
+            "mismatch for transformer.wte.weight: ...",
         ),
         (
             lambda: None,
@@ -500,7 +568,10 @@ def pretrained(tmp_path_factory):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+CHOOSE = "init_from=scrach: choose scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, "
+CHOOSE += "OWNER/NAME or a folder"
 WEIGHTS = "folder/model.safetensors"
+HEADER = "folder: SafetensorError: Error while deserializing header: "
 GPT2_SHAPE = {"model_type": "gpt2", "n_layer": 1, "n_head": 2, "n_embd": 32, "n_positions": 32}
 
 
@@ -522,21 +593,33 @@ def pickle_code():
 @pytest.mark.parametrize(
     "spoil, line",
     [
-        (lambda: put(WEIGHTS, Path(WEIGHTS).read_bytes()[:5000]), "folder: SafetensorError: ..."),
-        (lambda: put(WEIGHTS, b""), "folder: ..."),
-        (lambda: flip(WEIGHTS, 20), "folder: SafetensorError: ..."),
-        (lambda: Path(WEIGHTS).unlink(), "folder: ..."),
-        (lambda: put("folder/config.json", b"{"), "folder: ..."),
-        (lambda: put("folder/config.json", b"[]"), "folder: ..."),
-        (lambda: Path("folder/config.json").unlink(), "folder: ..."),
-        (lambda: describe(**GPT2_SHAPE, vocab_size=22), "folder: ..."),
-        (lambda: describe(**GPT2_SHAPE | {"n_head": 5}, vocab_size=21), "folder: ..."),
+        (
+            lambda: put(WEIGHTS, Path(WEIGHTS).read_bytes()[:5000]),
+            f"{HEADER}incomplete metadata...",
+        ),
+        (lambda: put(WEIGHTS, b""), f"{HEADER}header too small"),
+        (lambda: flip(WEIGHTS, 20), f"{HEADER}invalid UTF-8 in header..."),
+        (
+            lambda: Path(WEIGHTS).unlink(),
+            "folder: OSError: Error no file named model.safetensors...",
+        ),
+        (
+            lambda: put("folder/config.json", b"{"),
+            "folder: OSError: It looks like the config file...",
+        ),
+        (lambda: put("folder/config.json", b"[]"), "folder: Unrecognized model in folder..."),
+        (lambda: Path("folder/config.json").unlink(), "folder: Unrecognized model in folder..."),
+        (lambda: describe(**GPT2_SHAPE, vocab_size=22), "folder: RuntimeError: ..."),
+        (
+            lambda: describe(**GPT2_SHAPE | {"n_head": 5}, vocab_size=21),
+            "folder: `embed_dim` must be divisible by num_heads...",
+        ),
         (
             lambda: describe(**GPT2_SHAPE | {"n_head": 0}, vocab_size=21),
             "folder: ZeroDivisionError: ...",
         ),
         (lambda: describe(model_type="llama"), "folder: it is no GPT-2: its model_type is 'llama'"),
-        (describe_code, "folder: ..."),
+        (describe_code, "folder: The repository folder contains custom code..."),
         (pickle_code, "folder: UnpicklingError: Weights only load failed"),
     ],
 )
@@ -556,9 +639,9 @@ def test_a_wrong_pretrained_folder(launch, pretrained, spoil, line):
             ["--init_from=folder", "--block_size=64"],
             "block_size=64 exceeds the model's 32; lower --block_size",
         ),
-        (train, ["--init_from=scrach"], "init_from=scrach: choose ..."),
+        (train, ["--init_from=scrach"], CHOOSE),
         (sample, ["--init_from=folder"], "the tokenizer has 50257 tokens, the model 21"),
-        (sample, ["--init_from=scrach"], "init_from=scrach: choose ..."),
+        (sample, ["--init_from=scrach"], CHOOSE),
     ],
 )
 def test_a_wrong_choice_of_model(launch, pretrained, gpt2_files, script, arguments, line):
@@ -580,14 +663,20 @@ PROMPT = "the prompt cannot be read as UTF-8 text: "
         (["--start=1+1"], "1 unknown characters: '+' (PLUS SIGN)"),
         (
             ["--start=Caf\udce9"],
-            PROMPT + (
+            PROMPT
+            + (
                 "UnicodeEncodeError: 'utf-8' codec can't encode character '\\udce9' in position 3: "
                 "surrogates not allowed"
             ),
         ),
         (
             ["--start=FILE:latin1.txt"],
-            PROMPT + "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in position 3...",
+            PROMPT + "UnicodeDecodeError: 'utf-8' codec can't decode byte 0xe9 in position 3: "
+            "unexpected end of data",
+        ),
+        (
+            ["--start=FILE:~nobody-like-it/x"],
+            "~nobody-like-it/x: RuntimeError: Could not determine home directory.",
         ),
         (["--start=FILE:no.txt"], PROMPT + "No such file or directory"),
         (["--start=FILE:run"], PROMPT + "Is a directory"),
@@ -624,7 +713,7 @@ def test_a_wrong_benchmark(launch, arguments, line):
 @pytest.mark.skipif(torch.cuda.device_count() > 8, reason="has the device that is missing here")
 @pytest.mark.parametrize("script", [train, sample], ids=["train", "sample"])
 def test_a_device_that_is_not_there(launch, script):
-    line = "device=cuda:8 cannot be used: ..."
+    line = "device=cuda:8 cannot be used: ...; try --device=auto"
     refused(launch, script, [*RESUME, "--device=cuda:8"], line)
 
 
@@ -647,21 +736,28 @@ def test_extremes_that_are_no_mistakes(launch):
 
 
 @pytest.mark.parametrize(
-    "command, line",
+    "spoil, command, line",
     [
-        (["train.py", "--out_dir"], "--out_dir needs a value"),
-        (["train.py", "c.py", *RESUME], "c.py: SystemExit: 0"),
+        (lambda: None, ["train.py", "--out_dir"], "--out_dir needs a value"),
+        (lambda: put("c.py", b"exit(0)"), ["train.py", "c.py", *RESUME], "c.py: SystemExit: 0"),
         (
+            lambda: change(config=Payload()),
             ["sample.py", *RESUME],
             "run/ckpt.pt cannot be read as a checkpoint: UnpicklingError: Weights only load failed",
         ),
+        (  # -O drops every assert
+            lambda: spoil_optimizer(wrong_shape),
+            ["-O", "train.py", *RESUME],
+            UNFIT + WRONG_SHAPE,
+        ),
     ],
 )
-def test_a_process_ends_with_its_line_and_status_1(command, line):
-    put("c.py", b"exit(0)")
-    change(config=Payload())
+def test_a_process_ends_with_its_line_and_status_1(spoil, command, line):
+    spoil()
+    for script in "train.py", "sample.py":  # where they find data/tiny
+        shutil.copy(ROOT / script, Path.cwd())
     before = snapshot(Path.cwd())
-    full = [sys.executable, "-W", "ignore", str(ROOT / command[0]), *command[1:]]
-    done = subprocess.run(full, capture_output=True, text=True, env={**os.environ}, timeout=120)
+    full, env = [sys.executable, "-W", "ignore", *command], {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(full, capture_output=True, text=True, env=env, timeout=120)
     assert (done.returncode, done.stdout, done.stderr) == (1, "", f"error: {line}\n")
     assert snapshot(Path.cwd()) == before
