@@ -81,7 +81,7 @@ def nanogpts_step(tokens, meta, config, runtime):
     model = train.build_model(None, meta, config, runtime.device)
     optimizer = model.configure_optimizers(
         train.weight_decay, train.learning_rate, (train.beta1, train.beta2),
-        device_type="cuda" if cuda else "none",
+        device_type="cuda" if cuda else "none",  # then not fused
     )  # fmt: skip
     if cuda and runtime.compile:
         model.compile()
@@ -113,7 +113,8 @@ def nanogpts_step(tokens, meta, config, runtime):
 def our_samples(tokens, meta, config, runtime):
     """new_tokens tokens for each of num_samples samples, side by side, as sample.py draws them."""
     model = train.build_model(None, meta, config, runtime.device).cast_matrices(runtime.dtype)
-    use_fast_parts(model, runtime.device)
+    if train.fast_parts:
+        use_fast_parts(model, runtime.device)
     idx = torch.zeros(num_samples, 1, dtype=torch.long, device=runtime.device)
     compile_model(model, runtime, lambda: model.generate(idx, 3))
 
@@ -149,7 +150,7 @@ def measure(tokens, meta, config, runtime):
     for work, _ in made.values():
         work(0)  # the first compiles, and fills the allocator
     times = {name: [] for name in chosen}
-    for name in chosen * 3:
+    for name in chosen * 3:  # by turns, so that a slow minute meets both
         times[name] += time_laps(made[name][0], steps, seconds / 3, runtime)
     medians = [report(name, times[name], model, runtime) for name, (_, model) in made.items()]
     if baseline is True:
@@ -160,8 +161,11 @@ def measure(tokens, meta, config, runtime):
 
 def report(name, times, model, runtime):
     """Print how fast the way `name` is, from its times; return their median."""
-    steps_shape = train.gradient_accumulation_steps, train.batch_size, train.block_size
-    shape = (num_samples, new_tokens) if new_tokens else steps_shape
+    shape = (
+        (num_samples, new_tokens)
+        if new_tokens
+        else (train.gradient_accumulation_steps, train.batch_size, train.block_size)
+    )
     median = statistics.median(times)
     rate = math.prod(shape) / median
     runtime.say(
@@ -179,11 +183,13 @@ def report(name, times, model, runtime):
 def write_profile(work, runtime):
     """Profile three calls into trace.json, for a browser's tracing page; print what cost most."""
     with torch.profiler.profile() as profiler:
-        list(map(work, range(3)))
+        for index in range(3):
+            work(index)
     if runtime.rank == 0:
         profiler.export_chrome_trace("trace.json")
-    times = profiler.key_averages()
-    runtime.say(times.table(f"self_{runtime.device.type}_time_total", row_limit=15))
+    runtime.say(
+        profiler.key_averages().table(f"self_{runtime.device.type}_time_total", row_limit=15)
+    )
 
 
 @one_line_errors

@@ -60,7 +60,7 @@ def read_arguments(arguments, namespace, config):
         if argument.startswith("-"):
             name, equals, text = argument.removeprefix("--").partition("=")
             if not equals:  # --key value, or --eval_only by itself
-                text = arguments.pop(0) if arguments and arguments[0][:2] != "--" else None
+                text = arguments.pop(0) if arguments and not arguments[0].startswith("--") else None
             given = {name: BARE if text is None else parse(text)}
             config.flags.add(name)
         else:
@@ -176,6 +176,7 @@ def read_file(name, namespace, config):
     scope = dict(config)
     try:
         exec(compile(path.read_bytes(), path.name, "exec"), scope)
+        # What it assigned: a new name, or another object than before.
         given = {k: v for k, v in scope.items() if config.get(k, scope) is not v}
         return {k: v for k, v in given.items() if not (k[0] == "_" or callable(v) or ismodule(v))}
     except BaseException as fault:  # exit() and Ctrl-C too

@@ -113,9 +113,9 @@ class GPT(nn.Module):
         """Return logits and loss for token ids `idx` (B, T).
 
         With `targets` (B, T), where -1 is ignored: logits (B, T, V) and their mean cross-entropy in
-        nats per token; with `loss_only` that alone. Without targets: logits (B, 1, V) of the last
-        position, and None. `cache`, of `make_cache`, holds the keys and values of `past` tokens,
-        which idx continues: with one token, or with any number if past is 0.
+        nats per token; with `loss_only` just the loss, not a pair. Without targets: logits (B, 1,
+        V) of the last position, and None. `cache`, of `make_cache`, holds the keys and values of
+        `past` tokens, which idx continues: with one token, or with any number if past is 0.
         """
         x = self.hidden(idx, cache, past)
         if targets is None:
@@ -232,7 +232,7 @@ class GPT(nn.Module):
         """Hold the matrices, token table included, in `dtype`: less to read; return self."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                module.to(dtype)
+                module.to(dtype)  # lm_head's matrix is the token table
         return self
 
     def make_cache(self, batch_size, capacity):
@@ -264,11 +264,13 @@ class GPT(nn.Module):
         block_size, context = self.config.block_size, idx[:, -self.config.block_size :]
         context = context.clone()  # in inference mode, like all after it: else compiled twice
         capacity = min(block_size, context.size(1) + max_new_tokens)
-        cache, past = self.make_cache(len(idx), capacity) if use_cache else None, 0
+        cache = self.make_cache(len(idx), capacity) if use_cache else None
+        past = 0
         done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
         for _ in range(max_new_tokens):
             if context.size(1) > block_size:
-                context, past = context[:, -((block_size + 1) // 2) :], 0
+                context = context[:, -((block_size + 1) // 2) :]
+                past = 0
             logits, _ = self(context[:, past:], cache=cache, past=past)
             if not logits.isfinite().all():  # syncs the device
                 raise FloatingPointError("the logits are not finite; try another checkpoint")
@@ -317,6 +319,7 @@ def next_token(logits, draws, temperature=1.0, top_k=None, top_p=None):
         ordered, order = logits.sort(dim=-1, descending=True)
         mass = ordered.softmax(dim=-1)
         beyond = mass.cumsum(dim=-1) - mass >= max(top_p, 1e-6)  # p was reached before this token
-        logits = logits.masked_fill(beyond.scatter(1, order, beyond), -math.inf)
+        beyond = beyond.scatter(1, order, beyond)  # from sorted order back to ids
+        logits = logits.masked_fill(beyond, -math.inf)
     mass = logits.softmax(dim=-1).cumsum(dim=-1)
     return torch.searchsorted(mass, draws * mass[:, -1:])  # draws > 0: never one of probability 0

@@ -59,16 +59,17 @@ def load(runtime):
 
 
 def read_prompt(tokenizer, block_size):
-    """Return the ids of the prompt."""
+    """Return the ids of the prompt, and its bytes, which are printed before what is drawn."""
     with user_error("the prompt cannot be read as UTF-8 text", OSError, UnicodeError):
-        text = user_path(start[5:]).read_text("utf-8") if start.startswith("FILE:") else start
-        text.encode()  # an argument may hold any bytes too
+        path = user_path(start.removeprefix("FILE:"))
+        text = path.read_text("utf-8") if start.startswith("FILE:") else start
+        text.encode()  # raises where an argument holds no UTF-8
     if not text or (text == "\n" and tokenizer.eot is None):  # which a vocabulary may lack
-        return [tokenizer.opening]
+        return [tokenizer.opening], b""
     ids = tokenizer.encode(text)
     if len(ids) > block_size:
         raise UserError(f"the prompt has {len(ids)} tokens, the model reads {block_size} at most")
-    return ids
+    return ids, tokenizer.decode_bytes(ids)
 
 
 class Sample:
@@ -104,19 +105,24 @@ def main(config):
     model, tokenizer = load(runtime)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {model.config.vocab_size}"
+            f"the tokenizer has {tokenizer.vocab_size} tokens, "
+            f"the model {model.config.vocab_size}; prepare its dataset first"
         )
-    prompt = read_prompt(tokenizer, model.config.block_size)
+    prompt, shown = read_prompt(tokenizer, model.config.block_size)
     idx = torch.tensor([prompt] * num_samples, device=runtime.device)
-    samples = [Sample(tokenizer.decode_bytes(prompt) if start else b"") for _ in range(num_samples)]
-    draws = [torch.Generator().manual_seed(seed % 2**39 * 2**24 + k) for k in range(num_samples)]
+    samples = [Sample(shown) for _ in range(num_samples)]
+    generators = [  # each seed has 2**24 numbers of its own, below 2**63
+        torch.Generator().manual_seed(seed % 2**39 * 2**24 + k) for k in range(num_samples)
+    ]
     model.cast_matrices(runtime.dtype)
     if fast_parts:
         use_fast_parts(model, runtime.device)
     compile_model(model, runtime, lambda: model.generate(idx, 3))
-    more = {"vocab_size": tokenizer.vocab_size, "generators": draws}
     with runtime.autocast():
-        for drawn in model.stream(idx, max_new_tokens, temperature, top_k, top_p, **more):
+        for drawn in model.stream(
+            idx, max_new_tokens, temperature, top_k, top_p,
+            vocab_size=tokenizer.vocab_size, generators=generators,
+        ):  # fmt: skip
             for sample, [token] in zip(samples, drawn.tolist(), strict=True):
                 sample.add(tokenizer.decode_bytes([token]))
             if num_samples == 1:

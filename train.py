@@ -117,19 +117,20 @@ def check_settings(config):
         faults.append(f"min_lr={min_lr} exceeds learning_rate={learning_rate}; lower --min_lr")
     if faults:
         raise UserError("\n".join(faults))
-    if not eval_only:
-        check_writable(user_path(out_dir))
 
 
 # --- data ----------------------------------------------------------------------------------------
 
 
-def load_data():
-    """Return the two splits, and what tells how they were encoded."""
+def load_data(runtime):
+    """Return the two splits, the batches of the first, and what tells how they were encoded."""
     folder = ROOT / "data" / dataset
     meta = read_meta(folder)
     data = {name: TokenFile(folder / f"{name}.bin", meta, block_size) for name in ("train", "val")}
-    return data, meta
+    batches = Batches(
+        data["train"], gradient_accumulation_steps, batch_size, block_size, seed, runtime
+    )
+    return data, batches, meta
 
 
 def check_vocabulary(meta, vocab_size):
@@ -255,7 +256,7 @@ def train_step(model, state, batches, step, runtime):
     scaler.unscale_(optimizer)
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
     grad_norm = unshard(grad_norm)
-    # The fused AdamW looks at found_inf on the device, and does nothing where it is 1.
+    # On CPU and CUDA the fused AdamW itself does nothing where found_inf is 1; else read it here.
     optimizer.found_inf = (~grad_norm.isfinite()).float()
     if runtime.device.type in ("cpu", "cuda") or not optimizer.found_inf:  # mps: syncs the device
         scaler.step(optimizer)
@@ -282,7 +283,7 @@ def evaluate(model, data, runtime):
         sums = []
         for first in range(0, count, together):
             mine = starts[first + runtime.rank : first + together : runtime.world_size]
-            # With none left a rank computes another's window, times 0: a sharded model needs all.
+            # A rank with no window left runs one that counts 0 times: a sharded model needs all.
             ids = tokens.windows(mine if len(mine) else starts[:1], block_size + 1)
             ids = send(ids, runtime.device)
             with runtime.autocast():
@@ -301,6 +302,8 @@ def load_checkpoint(config):
 
     `config` becomes that of the resumed run.
     """
+    if not eval_only:
+        check_writable(user_path(out_dir))
     saved, lines = checkpoint_to_resume(config), []
     if saved:
         settings = {**saved["config"], **saved["model_args"]}
@@ -309,7 +312,7 @@ def load_checkpoint(config):
     return saved, lines
 
 
-def open_folder(saved, state, config, runtime):
+def take_folder(saved, state, config, runtime):
     """Return a Keeper and a Log for out_dir, made this run's own. Every rank must call it.
 
     From here on a signal does not end the process but the loop.
@@ -323,7 +326,7 @@ def open_folder(saved, state, config, runtime):
     if wandb_log:
         state.wandb_id = log.open_wandb(folder, state.wandb_id, config)
     if saved:
-        keeper.resume(saved["iter_num"])
+        keeper.resume(saved["iter_num"], newest=checkpoint_file is None)
     else:
         set_aside(folder, runtime)
     log.open(folder / "log.jsonl", state.step, config)
@@ -353,19 +356,16 @@ def describe(changes, state, data, log):
 @one_line_errors
 def main(config):
     saved, changes = load_checkpoint(config)
-    globals().update(config)
+    globals().update(config)  # on resume, the checkpoint's settings
     check_settings(config)
     runtime = start_runtime(
         device, dtype, compile, backend, timeout,
-        fall_back=saved is not None and not {"device", "dtype"} & config.flags,
+        lenient={"device", "dtype"} - config.flags if saved else (),  # perhaps another machine's
     )  # fmt: skip
-    data, meta = load_data()
-    batches = Batches(
-        data["train"], gradient_accumulation_steps, batch_size, block_size, seed, runtime
-    )
+    data, batches, meta = load_data(runtime)
     state = build_state(saved, meta, data, config, runtime)
     model = prepare_model(state, batches, runtime)
-    keeper, log = open_folder(saved, state, config, runtime)
+    keeper, log = take_folder(saved, state, config, runtime)
     del saved  # and with it the mapping of its file
     describe(changes, state, data, log)
     timer, bad_steps = StepTimer(state.step, runtime), BadSteps(max_bad_steps, runtime)
@@ -380,17 +380,15 @@ def main(config):
                 losses = {} if stopped else evaluate(state.model, data, runtime)
                 log.evaluation(step, losses)
                 is_saved = keeper.save(state, step, losses, config)
-        if done:
+            stopped = stopped or runtime.stop_requested()  # while it evaluated
+        if done or stopped:
             break
 
         loss, grad_norm = train_step(model, state, batches, step, runtime)
         bad_steps.add(loss, grad_norm, state.scaler)
 
         if step % log_interval == 0:
-            log.step(
-                step, loss, grad_norm, learning_rate_at(step), tokens_per_step(),
-                timer.seconds_per_step(step + 1),  # the one sync of the loop
-            )  # fmt: skip
+            log.step(step, loss, grad_norm, learning_rate_at(step), tokens_per_step(), timer)
             bad_steps.check(step, keeper)
         else:
             log.progress(step)

@@ -154,13 +154,16 @@ class Batches:
 
     def __call__(self, step):
         """Return this rank's micro-batches of `step`, each (<= batch_size, block_size + 1) ids."""
-        future = self.ahead.pop(step, None) or self.pool.submit(self.draw, step)
+        if step not in self.ahead:
+            self.ahead[step] = self.pool.submit(self.draw, step)
+        future = self.ahead[step]
         self.ahead = {step + 1: self.pool.submit(self.draw, step + 1)}
         return future.result()
 
     def draw(self, step):
-        last = len(self.tokens.ids) - self.length
-        starts = np.random.default_rng([self.seed, step]).integers(last + 1, size=self.sequences)
+        starts = np.random.default_rng([self.seed, step]).integers(
+            len(self.tokens.ids) - self.length + 1, size=self.sequences
+        )
         share = self.sequences // self.runtime.world_size
         windows = self.tokens.windows(starts[self.runtime.rank * share :][:share], self.length)
         if self.runtime.device.type == "cuda":

@@ -43,6 +43,7 @@ def train_and_kill(folder, steps):
             if line.startswith("iter ") and int(line.split(":")[0][5:]) >= wanted:
                 kills.append(int(line.split(":")[0][5:]))
                 run.kill()
+                break
         run.wait()
     subprocess.run(command(folder), check=True)
     return kills

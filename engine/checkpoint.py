@@ -61,7 +61,7 @@ def find_checkpoint(folder, name=None, newest=False):
     """
     if name:
         return read_checkpoint(folder / name)
-    paths = [folder / name for name in NAMES if os.path.exists(folder / name)]
+    paths = [folder / known for known in NAMES if os.path.exists(folder / known)]
     if not paths:
         raise UserError(f"no ckpt.pt in {folder}; name the folder of a run with --out_dir")
     found = map(read_checkpoint, paths if newest else paths[:1])
@@ -73,7 +73,7 @@ def checkpoint_to_resume(config):
     folder, name = user_path(config["out_dir"]), config["checkpoint_file"]
     if config["init_from"] == "auto":
         raise UserError("init_from=auto: say what to start from, and add --auto_resume=True")
-    begun = any(os.path.exists(folder / name) for name in NAMES)
+    begun = any(os.path.exists(folder / known) for known in NAMES)
     if config["init_from"] != "resume" and not (config["auto_resume"] and begun):
         return None
     saved = find_checkpoint(folder, name, newest=not config["eval_only"])
@@ -101,7 +101,7 @@ def model_config(config_class, saved, settings=None):
         raise UserError(f"the weights have {layers} layers, the model {fields['n_layer']}")
     for name in ("n_layer", "n_head", "n_embd", "bias"):
         if settings.get(name, fields[name]) != fields[name]:
-            raise UserError(f"the checkpoint has {name}={fields[name]} and keeps it")
+            raise UserError(f"the checkpoint has {name}={fields[name]}; leave --{name} out")
     return config_class(**fields)
 
 
@@ -161,7 +161,7 @@ class State:
             return
         dataset = config["dataset"]
         if saved.get("tokenizer", self.tokenizer) != self.tokenizer:
-            raise UserError(f"dataset {dataset} is encoded unlike the checkpoint's data")
+            raise UserError(f"dataset {dataset} is encoded unlike the checkpoint's; give another")
         asked_for = config["new_data"] or dataset != saved["config"].get("dataset")
         for split, was in saved.get("data", {}).items():
             if was != self.data[split] and not (asked_for or config["eval_only"]):

@@ -9,6 +9,7 @@ import math
 import os
 import shutil
 import socket
+from contextlib import suppress
 
 import torch
 
@@ -34,8 +35,8 @@ def claim(folder, runtime):
         try:
             with user_error(folder, OSError):
                 lock(folder)
-                for path in folder.glob("*.tmp"):  # of a run that was killed in a save
-                    path.unlink()
+                for name in (*NAMES, "log.jsonl"):  # what a kill in a save left
+                    (folder / f"{name}.tmp").unlink(missing_ok=True)
         except UserError as found:
             fault = str(found)
     if runtime.reduce("max", bool(fault)):
@@ -67,30 +68,37 @@ def lock(folder):
     file.flush()
 
 
-def set_aside(folder, runtime):
-    """Move what an older run left in `folder` to its `previous`, in place of what was there.
+def steps_in(folder):
+    """Return the steps of the newest whole checkpoint in `folder`, -1 where there is none."""
+    steps = [-1]
+    for name in NAMES:
+        with suppress(UserError):
+            steps.append(read_checkpoint(folder / name)["iter_num"])
+    return max(steps)
 
-    A run that never made a step is deleted: it does not replace one that did. Rank 0 acts.
+
+def set_aside(folder, runtime):
+    """Move what an older run left in `folder` to its `previous`, in place of a run kept there.
+
+    The longer of the two is kept, so that false starts do not cost a good run. Rank 0 acts.
     """
     if runtime.rank > 0:
         return
     old = [folder / name for name in (*NAMES, "log.jsonl") if (folder / name).exists()]
-    log, aside = folder / "log.jsonl", folder / "previous.new"  # there after a kill right here
-    lines = log.read_bytes().splitlines() if log.exists() else []
-    at_start = [line.startswith(b'{"iter": 0,') and b"grad_norm" not in line for line in lines]
-    if lines and all(at_start):
-        for path in old:
-            path.unlink()
-        runtime.say(f"deleted the older run in {folder}, which had made no step")
-        old = []
-    if not old and not aside.exists():
+    aside, previous = folder / "previous.new", folder / "previous"
+    only_a_log = [path.name for path in old] == ["log.jsonl"]  # nothing was ever saved
+    if (not old or only_a_log) and not aside.exists():  # it is there after a kill right here
         return
     aside.mkdir(exist_ok=True)
     for path in old:
         os.replace(path, aside / path.name)
-    shutil.rmtree(folder / "previous", ignore_errors=True)
-    aside.rename(folder / "previous")
-    runtime.say(f"moved the older run in {folder} to {folder / 'previous'}")
+    if steps_in(aside) < steps_in(previous):
+        shutil.rmtree(aside)
+        runtime.say(f"deleted the older run in {folder}: {previous} keeps a longer one")
+        return
+    shutil.rmtree(previous, ignore_errors=True)
+    aside.rename(previous)
+    runtime.say(f"moved the older run in {folder} to {previous}")
 
 
 class Keeper:
@@ -101,11 +109,14 @@ class Keeper:
         self.newest, self.best = ("ckpt.pt", "best.pt") if always_save else ("last.pt", "ckpt.pt")
         self.step, self.best_val_loss = None, math.inf  # of the newest file; of the best
 
-    def resume(self, step):
-        """Go on with what is in the folder, under the names it has there; the newest is of `step`.
+    def resume(self, step, newest=True):
+        """Go on from `step` with what is in the folder, under the names it has there.
 
         Where always_save_checkpoint has changed since, the names stay: both states are kept anyway.
+        Raises UserError if `step` was read as the `newest` and another run has saved since.
         """
+        if newest and steps_in(self.folder) != step:
+            raise UserError(f"another run has just saved to {self.folder}; start this one again")
         if (self.folder / "last.pt").exists():
             self.newest, self.best = "last.pt", "ckpt.pt"
         elif (self.folder / "best.pt").exists():
@@ -143,10 +154,11 @@ class Keeper:
         saved = True
         if self.runtime.rank == 0:
             saved = self.write(names, content)
+        saved = self.runtime.reduce("min", saved)
         self.best_val_loss = self.runtime.reduce("min", self.best_val_loss)
-        if self.runtime.reduce("min", saved):
+        if saved:
             self.step = step
-        return self.step == step
+        return bool(saved)
 
     def write(self, names, content):
         """Write a checkpoint under each of `names`; return False, once it is said, if one fails."""

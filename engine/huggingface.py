@@ -22,7 +22,7 @@ def load_gpt2(name):
     nn.Linear holds them. Raises UserError if it cannot be had, has another shape or another
     tokenizer than GPT-2's.
     """
-    if not Path(name).is_dir() and "/" not in name and not name.startswith("gpt2"):
+    if not Path(name).is_dir() and "/" not in name and "gpt2" not in name:
         known = "scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME or a folder"
         raise UserError(f"init_from={name}: choose {known}")
     source = open_model(name)

@@ -77,7 +77,7 @@ class Log:
             with suppress(OSError):
                 os.truncate(self.path, size)  # no half a line
             if len(self.waiting) == 1:
-                self.runtime.say(f"{self.path} waits: {fault.strerror}")
+                self.runtime.say(f"{self.path} waits: {fault.strerror}; its lines are kept")
 
     def describe(self, data, sizes, steps):
         """Print what will run; `data` is a name, `sizes` the tokens of its splits."""
@@ -97,13 +97,14 @@ class Log:
         self.runtime.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}")
         self.record({"iter": step, "train/loss": train, "val/loss": val})
 
-    def step(self, step, loss, grad_norm, lr, tokens, seconds):
-        """Print and record the figures of a step of `tokens` tokens that took `seconds`.
+    def step(self, step, loss, grad_norm, lr, tokens, timer):
+        """Print and record the figures of a step of `tokens` tokens, timed by `timer`.
 
         Every rank must call it: the loss is the mean over all of them. Syncs the device.
         """
-        world_size = self.runtime.world_size
-        loss, grad_norm = self.runtime.reduce("sum", loss.item()) / world_size, grad_norm.item()
+        seconds, world_size = timer.lap(step + 1), self.runtime.world_size
+        loss = self.runtime.reduce("sum", loss.item()) / world_size
+        grad_norm = grad_norm.item()
         peak_flops, rate = self.runtime.peak_flops(), tokens / seconds
         mfu = self.model.estimate_mfu(tokens / world_size, seconds, peak_flops)
         speed = f"{rate:,.0f} tok/s, mfu {mfu:.2%}" if mfu else f"{rate:,.0f} tok/s"
@@ -151,8 +152,8 @@ class StepTimer:
         yield
         self.began += self.runtime.now() - began
 
-    def seconds_per_step(self, step):
-        """Return the mean since the last call, now that `step` steps are made. Syncs the device."""
+    def lap(self, step):
+        """Return seconds per step since the last call, at `step` steps made. Syncs the device."""
         now = self.runtime.now()
         mean = (now - self.began) / (step - self.step)
         self.step, self.began = step, now
@@ -160,7 +161,7 @@ class StepTimer:
 
 
 class BadSteps:
-    """Counts steps in a row that made no update, on the device, so that counting needs no sync.
+    """Counts steps in a row whose gradient was not finite, on the device, without a sync.
 
     In float16 a gradient overflows now and then while the scaler looks for the largest scale that
     does not. That is normal as long as the loss is finite and the scale has room to fall, above 1,

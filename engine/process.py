@@ -30,7 +30,7 @@ def user_error(what, *kinds):
 
 
 def reason(fault):
-    """Return why, in one line: what the system says, or the first line of an exception's text."""
+    """Return why, in one line: what the system says, or the first sentence of an exception."""
     if isinstance(fault, UserError):
         return str(fault)
     if getattr(fault, "strerror", None):
@@ -68,7 +68,8 @@ def one_line_errors(main):
             raise SystemExit("\n".join(prefix + line for line in text.splitlines())) from None
         finally:
             while at_end:
-                at_end.pop()()
+                undo = at_end.pop()
+                undo()
             leave_process_group()
 
     return guarded
@@ -93,21 +94,25 @@ def explain(fault, config):
 
 def memory_advice(config):
     """Return which of these settings to change where memory runs out."""
+    sampling = config.get("max_new_tokens") or config.get("new_tokens")  # of sample.py or bench.py
+    if sampling and config["num_samples"] > 1:
+        return f"lower --num_samples, now {config['num_samples']}"
+    if sampling:
+        return "take a smaller model, or a machine with more"
     batch_size = config.get("batch_size", 1)
     if batch_size > 1 and batch_size % 2 == 0:
         steps = 2 * config["gradient_accumulation_steps"]
         half = f"--batch_size={batch_size // 2} --gradient_accumulation_steps={steps}"
         return f"try {half}, which trains alike"
     if batch_size > 1:
-        return f"lower --batch_size={batch_size}"
-    if config.get("num_samples", 1) > 1:
-        return f"lower --num_samples={config['num_samples']}"
+        return f"lower --batch_size, now {batch_size}"
     if not config.get("activation_checkpointing", True):
         return "try --activation_checkpointing=True, then a smaller --block_size"
     return "take a smaller model or context, or a machine with more"
 
 
 # --- processes that torchrun started together ----------------------------------------------------
+
 
 @cache
 def shared_store():
@@ -156,7 +161,8 @@ def catch_signals():
     for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
         if hasattr(signal, name):  # Windows has no SIGUSR1
             number = getattr(signal, name)
-            at_end.append(partial(signal.signal, number, signal.signal(number, note)))
+            before = signal.signal(number, note)
+            at_end.append(partial(signal.signal, number, before))
 
 
 def caught_signal():

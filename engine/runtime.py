@@ -81,14 +81,14 @@ class Runtime:
         return None
 
 
-def start_runtime(device, dtype, compile, backend="gloo", timeout=600, fall_back=False):
+def start_runtime(device, dtype, compile, backend="gloo", timeout=600, lenient=()):
     """Return the Runtime for the settings of these names, in torchrun's process group, if any.
 
-    With `fall_back`, a device or dtype that this machine lacks becomes "auto".
+    A setting named in `lenient`, "device" or "dtype", becomes "auto" where this machine lacks it.
     """
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, why_device = choose_device(device, fall_back)
-    dtype, why_dtype = choose_dtype(dtype, device, fall_back)
+    device, why_device = choose_device(device, "device" in lenient)
+    dtype, why_dtype = choose_dtype(dtype, device, "dtype" in lenient)
     compile, why_compile = choose_compile(compile, device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -171,8 +171,9 @@ def choose_compile(setting, device):
 def compile_model(model, runtime, attempt):
     """Compile `model` in place if `runtime.compile` is True; where that fails, set it to False.
 
-    `attempt()` makes a forward and backward pass through what wrap() made of the model, so that the
-    compiler splits its graph where DDP sends gradients. If it fails, the model is as it was.
+    `attempt()` runs what is to be compiled: in training through what wrap() made of the model, so
+    that the compiler splits its graph where DDP sends gradients. If it fails, the model is as it
+    was.
     """
     if not runtime.compile:
         return
@@ -183,13 +184,15 @@ def compile_model(model, runtime, attempt):
             attempt()
     except Exception as fault:  # no compiler, no driver, an unsupported Python: all sorts
         sharded = is_sharded(next(model.parameters()))  # then the other ranks wait for this one
-        if sharded or isinstance(fault, UserError | torch.OutOfMemoryError):
+        if sharded or isinstance(
+            fault, UserError | FloatingPointError | torch.OutOfMemoryError
+        ):
             raise
         why = reason(fault)
     if runtime.reduce("max", bool(why)):
         model._compiled_call_impl = None  # undoes Module.compile()
         model.zero_grad(set_to_none=True)
-        runtime.compile = False
+        runtime.compile, runtime.about = False, f"{runtime.about}, but that failed"
         runtime.say(f"not compiled, which is slower: {why or 'another rank failed'}")
 
 

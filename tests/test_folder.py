@@ -332,7 +332,7 @@ def test_a_run_without_a_step_is_deleted_rather_than_kept_for_one_with_steps(lau
         launch(train, *TINY, f"--max_iters={steps}", "--decay_lr=False")
     assert load("out/ckpt.pt")["iter_num"] == 0 and "loss" not in log("out")[-1]
     out = launch(train, *TINY, "--max_iters=1")
-    assert "deleted the older run in out, which had made no step" in out
+    assert "deleted the older run in out: out/previous keeps a longer one" in out
     assert [load(f"{name}/ckpt.pt")["iter_num"] for name in ("out", "out/previous")] == [1, 2]
 
 
@@ -363,3 +363,44 @@ def test_a_kill_while_an_older_run_moves_aside_loses_no_run(launch, tiny, monkey
     launch(train, *TINY, "--max_iters=4")
     assert [load(f"{name}/ckpt.pt")["iter_num"] for name in ("out", "out/previous")] == [4, 3]
     assert files("out") == ["best.pt", "ckpt.pt", "log.jsonl", "previous"]
+
+
+def test_other_peoples_files_stay_in_a_folder(launch, tiny):
+    (tiny / "out").mkdir()
+    for name in ("letter.tmp", "ckpt.pt.tmp"):
+        (tiny / "out" / name).write_text("half")
+    launch(train, *TINY, "--max_iters=1")
+    assert (tiny / "out" / "letter.tmp").read_text() == "half"
+    assert not (tiny / "out" / "ckpt.pt.tmp").exists()
+
+
+def test_a_run_that_saves_while_another_starts_is_not_written_over(launch, tiny, monkeypatch):
+    launch(train, *TINY, "--max_iters=2")
+    prepare = train.prepare_model
+
+    def meanwhile(*arguments):
+        monkeypatch.setattr(train, "prepare_model", prepare)
+        launch(train, "--init_from=resume", "--max_iters=4")
+        return prepare(*arguments)
+
+    monkeypatch.setattr(train, "prepare_model", meanwhile)
+    with pytest.raises(SystemExit) as stop:
+        launch(train, "--init_from=resume", "--max_iters=3")
+    assert stop.value.code == "error: another run has just saved to out; start this one again"
+    assert load("out/ckpt.pt")["iter_num"] == 4
+
+
+def test_a_signal_during_an_evaluation_ends_the_run_after_its_save(launch, tiny, monkeypatch):
+    evaluate, calls = train.evaluate, []
+
+    def interrupted(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train, "evaluate", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        launch(train, *TINY, "--max_iters=6", "--eval_interval=2")
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert load("out/ckpt.pt")["iter_num"] == 2

@@ -316,7 +316,7 @@ def test_a_wrong_dataset(launch, spoil, line):
         (
             lambda: meta(**char_meta(TEXT.replace("0", "O"))),
             RESUME,
-            "dataset tiny is encoded unlike the checkpoint's data",
+            "dataset tiny is encoded unlike the checkpoint's; give another",
         ),
         (
             lambda: None,
@@ -540,7 +540,7 @@ def wrong_shape(state):
             lambda: None,
             train,
             [*RESUME, "--n_embd=64"],
-            "the checkpoint has n_embd=32 and keeps it",
+            "the checkpoint has n_embd=32; leave --n_embd out",
         ),
         (
             lambda: None,
@@ -640,7 +640,7 @@ def test_a_wrong_pretrained_folder(launch, pretrained, spoil, line):
             "block_size=64 exceeds the model's 32; lower --block_size",
         ),
         (train, ["--init_from=scrach"], CHOOSE),
-        (sample, ["--init_from=folder"], "the tokenizer has 50257 tokens, the model 21"),
+        (sample, ["--init_from=folder"], "the tokenizer has 50257 tokens, the model 21; ..."),
         (sample, ["--init_from=scrach"], CHOOSE),
     ],
 )

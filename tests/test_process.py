@@ -49,13 +49,14 @@ def test_a_reason_is_one_line():
     [
         ({"batch_size": 12, "gradient_accumulation_steps": 40},
          "try --batch_size=6 --gradient_accumulation_steps=80, which trains alike"),
-        ({"batch_size": 3}, "lower --batch_size=3"),
+        ({"batch_size": 3}, "lower --batch_size, now 3"),
         ({"batch_size": 1, "activation_checkpointing": False},
          "try --activation_checkpointing=True, then a smaller --block_size"),
         ({"batch_size": 1, "activation_checkpointing": True},
          "take a smaller model or context, or a machine with more"),
-        ({"num_samples": 10}, "lower --num_samples=10"),
-        ({"num_samples": 1}, "take a smaller model or context, or a machine with more"),
+        ({"max_new_tokens": 9, "num_samples": 10}, "lower --num_samples, now 10"),
+        ({"max_new_tokens": 9, "num_samples": 1}, "take a smaller model, or a machine with more"),
+        ({"new_tokens": 9, "num_samples": 2, "batch_size": 12}, "lower --num_samples, now 2"),
     ],
 )  # fmt: skip
 def test_the_advice_where_memory_runs_out_follows_the_settings(settings, advice):

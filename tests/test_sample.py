@@ -72,7 +72,7 @@ def test_a_vocabulary_without_a_newline_can_be_sampled(launch, tiny, start):
     launch(train, *TINY, "--max_iters=1")
     few = "--num_samples=1", "--max_new_tokens=5", "--device=cpu"
     (text,) = texts(launch(sample, f"--start={start}", *few))
-    assert set(text) <= set("abcdefg") and len(text) == (6 if start else 5)
+    assert set(text) <= set("abcdefg") and len(text) == 5
 
 
 def test_the_best_and_the_newest_can_be_sampled_by_name(trained):

@@ -72,9 +72,9 @@ def encoded(paths, encoder, start, end):
 
 @one_line_errors
 def main(config):
-    folder, source = DATA / dataset, user_path(input)
+    folder, source = DATA / dataset, user_path(input or "no input")
     paths = sorted(p for p in source.rglob("*") if p.suffix in (".txt", ".md")) or [source]
-    if not input or not paths[0].is_file():
+    if not paths[0].is_file():
         raise UserError(f"--input={input}: give a text file, or a folder with .txt or .md files")
     if folder.resolve().parent != DATA or (folder / "prepare.py").exists():
         raise UserError(f"--dataset={dataset}: give a new name, of a folder to be made in {DATA}")
