@@ -56,8 +56,8 @@ def missing_parts(saved):
 def find_checkpoint(folder, name=None, newest=False):
     """Return a checkpoint in `folder`; UserError where there is none.
 
-    The file called `name`; else the `newest`, to go on from; else ckpt.pt, which stands for the run
-    where it is evaluated or sampled from.
+    The file called `name`; else the `newest`, to go on from; else ckpt.pt, or another where there
+    is none: it stands for the run where that is evaluated or sampled from.
     """
     if name:
         return read_checkpoint(folder / name)

@@ -25,9 +25,9 @@ LARGE_MATRIX = 2**19  # numbers from which on a linear layer gains with few rows
 def use_fast_parts(model, device):
     """Let `model` compute with the functions below where `device` gains by them, in place.
 
-    Its parameters and their names stay. `model` has an `lm_head` and a method head_loss(x,
-    targets); an attention layer has an attribute `attend`, with the signature of
-    F.scaled_dot_product_attention.
+    Its parameters and their names stay. On a CPU it also changes how this process keeps memory.
+    `model` has an `lm_head` and a method head_loss(x, targets); an attention layer has an attribute
+    `attend`, with the signature of F.scaled_dot_product_attention.
     """
     model.head_loss = partial(head_loss, model.lm_head)
     if device.type != "cpu":
