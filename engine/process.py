@@ -3,9 +3,11 @@
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from functools import cache, partial, wraps
 from pathlib import Path
 
@@ -115,22 +117,27 @@ def memory_advice(config):
 
 
 @cache
-def shared_store():
-    """Return the key-value store that torchrun's processes share, None for a single process."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return None
+def shared_store(timeout):
+    """Return the key-value store that torchrun's processes share; it answers within `timeout` s.
+
+    Raises DistNetworkError where the machine that keeps it has ended.
+    """
     import torch.distributed as dist
 
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)  # else it meets old keys
-    return dist.PrefixStore(f"attempt {attempt}", next(dist.rendezvous("env://"))[0])
+    store, _, _ = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    return dist.PrefixStore(f"attempt {attempt}", store)
 
 
 def is_said_by_another_rank(text):
     """Return whether another rank printed this error; rank 0 has a second to speak for all."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return False
     with suppress(Exception):  # the machine that keeps the store may have ended
-        store = shared_store()
-        if store is None:
-            return False
+        if os.environ["RANK"] != "0":
+            address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            socket.create_connection(address, timeout=5).close()  # TCPStore logs a stack trace
+        store = shared_store(timeout=5)
         tries = 0 if os.environ["RANK"] == "0" else 10
         while tries and not store.check([text]):
             time.sleep(0.1)  # wait() would log its own timeout
@@ -143,6 +150,9 @@ def leave_process_group():
     dist = sys.modules.get("torch.distributed")
     if dist and dist.is_initialized():
         dist.destroy_process_group()
+        # A thread of gloo may still hold the last tensor. To free it, it needs the interpreter, and
+        # aborts the process where that has ended: "terminate called without an active exception".
+        time.sleep(0.1)
 
 
 # --- signals -------------------------------------------------------------------------------------

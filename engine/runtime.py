@@ -96,7 +96,7 @@ def start_runtime(device, dtype, compile, backend="gloo", timeout=600, lenient=(
     if world_size > 1:  # gloo also on GPUs, for the numbers that only the hosts share
         backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
-        dist.init_process_group(backend, None, limit, world_size, rank, shared_store())
+        dist.init_process_group(backend, None, limit, world_size, rank, shared_store(timeout))
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     precision = str(dtype).removeprefix("torch.")
     about = f"{world_size} x {name}{why_device}, {precision} ({why_dtype}), {why_compile}"

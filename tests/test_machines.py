@@ -143,11 +143,8 @@ def test_a_cut_link_ends_both_machines_with_a_line_each_and_the_run_resumes_exac
     assert losses("straight") == losses("out0") and len(losses("out0")) == last
 
 
-def test_a_mistake_is_told_once_with_its_rank_unless_all_ranks_make_it(machines, tiny):
+def test_a_mistake_that_one_rank_makes_is_told_by_it(machines, tiny):
     options = [*TINY, "--max_iters=2", f"--timeout={TIMEOUT}"]
-    assert statuses(start(machines, "alike", *options, "--n_head=3")) == [1, 1]
-    assert printed("alike", 0, "stderr") == ["error: n_embd=32 is no multiple of n_head=3"]
-    assert printed("alike", 1, "stderr") == []
     Path("data/tiny").rename("data/set0")
     assert statuses(start(machines, "alone", *options, "--dataset=setRANK")) == [1, 1]
     mistake = f"error: rank 1: no train.bin in {tiny}/data/set1; make it: "
@@ -155,3 +152,17 @@ def test_a_mistake_is_told_once_with_its_rank_unless_all_ranks_make_it(machines,
     assert line.startswith(mistake)
     (line,) = printed("alone", 0, "stderr")
     assert line.startswith("error: " + LOST) and line.endswith(GO_ON)
+
+
+@pytest.mark.parametrize("late", [0, 8])
+def test_a_mistake_of_all_ranks_ends_the_second_machine_though_the_first_is_gone(
+    machines, tiny, late
+):
+    code = (tiny / "train.py").read_text(encoding="utf-8")
+    wait = f"import os, time\n\ntime.sleep({late} * int(os.environ['RANK']))\n"
+    (tiny / "train.py").write_text(wait + code)
+    assert statuses(start(machines, "alike", *TINY, "--n_head=3")) == [1, 1]
+    mistake = "n_embd=32 is no multiple of n_head=3"
+    assert printed("alike", 0, "stderr") == [f"error: {mistake}"]
+    # The first machine keeps what was said. Where it has ended, the second says it once more.
+    assert printed("alike", 1, "stderr") in ([], [f"error: rank 1: {mistake}"])
