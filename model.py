@@ -175,18 +175,34 @@ class GPT(nn.Module):
 
     # --- optimizer -------------------------------------------------------------------------------
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
-        """Return AdamW with two groups: matrices, which decay, then biases and gains, which do not.
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, name="adamw"):
+        """Return the optimizer "adamw" or "muon", with a group each of what it treats alike.
 
-        Group order and order within are nanoGPT's, so that optimizer states are exchangeable.
+        AdamW decays matrices, not biases and gains; its group order and the order within are
+        nanoGPT's, so that optimizer states are exchangeable. Muon comes first, for the matrices of
+        the blocks, and AdamW's two groups hold the rest.
         """
-        parameters = [p for p in self.parameters() if p.requires_grad]
+        optimizer, hidden = torch.optim.AdamW, []
+        if name == "muon":
+            from engine.muon import Muon as optimizer
+
+            matrices = {3: [], 1: []}  # c_attn is three in one: queries, keys and values
+            for key, parameter in self.transformer.h.named_parameters():
+                if parameter.dim() == 2:
+                    matrices[3 if "c_attn" in key else 1].append(parameter)
+            hidden = [
+                {"params": same, "parts": parts, "momentum": 0.95, "weight_decay": weight_decay}
+                for parts, same in matrices.items()
+            ]
+        taken = {parameter for group in hidden for parameter in group["params"]}
+        rest = [p for p in self.parameters() if p.requires_grad and p not in taken]
         groups = [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+            *hidden,
+            {"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
         fused = device_type in ("cuda", "cpu", "mps")  # one kernel for the whole update
-        return torch.optim.AdamW(groups, lr=learning_rate, betas=betas, fused=fused)
+        return optimizer(groups, lr=learning_rate, betas=betas, fused=fused)
 
     # --- weights ---------------------------------------------------------------------------------
 

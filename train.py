@@ -51,6 +51,7 @@ n_embd = 768                        # channels; a multiple of n_head
 dropout = 0.0                       # 0 for pretraining; try 0.1 and more when data are few
 bias = False                        # biases in linear and normalisation layers
 # Optimizer
+optimizer = "adamw"                 # or muon, for the matrices of the blocks (engine/muon.py)
 learning_rate = 6e-4                # at its highest, after the warm-up
 max_iters = 600000                  # steps, each one update
 weight_decay = 1e-1                 # AdamW: of matrices only
@@ -108,6 +109,8 @@ def check_settings(config):
     faults = range_faults(config)
     if not faults and n_embd % n_head:
         faults.append(f"n_embd={n_embd} is no multiple of n_head={n_head}")
+    if optimizer not in ("adamw", "muon"):
+        faults.append(f"optimizer={optimizer}: choose adamw or muon")
     if decay_lr and last_decay_step() <= warmup_iters:
         faults.append(
             f"warmup_iters={warmup_iters} leaves no step to decay in before "
@@ -177,18 +180,16 @@ def build_state(saved, meta, data, config, runtime):
         tokens.limit(model.config.vocab_size)
     if fast_parts:
         use_fast_parts(model, runtime.device)
-    if activation_checkpointing and dropout and runtime.device.type == "mps":
-        raise UserError("activation_checkpointing on mps needs --dropout=0: it draws other masks")
     if activation_checkpointing:
-        recompute_activations(model.transformer.h)
+        recompute_activations(model.transformer.h, dropout, runtime.device)
     if fsdp and runtime.world_size > 1:
         shard(model, model.transformer.h, runtime)
-    optimizer = model.configure_optimizers(
-        weight_decay, learning_rate, (beta1, beta2), runtime.device.type
+    updater = model.configure_optimizers(
+        weight_decay, learning_rate, (beta1, beta2), runtime.device.type, optimizer
     )
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     digests = {split: tokens.digest() for split, tokens in data.items()}
-    state = State(model, optimizer, scaler, meta, digests)
+    state = State(model, updater, scaler, meta, digests)
     state.restore(saved, config, runtime)
     return state
 
@@ -341,8 +342,11 @@ def tokens_per_step():
 def describe(changes, state, data, log):
     """Print which settings have changed, and what will run."""
     log.runtime.say("\n".join(changes))
-    steps = f"{state.step} to {max_iters}, of {tokens_per_step():,} tokens each"
-    log.describe(dataset, {split: len(data[split].ids) for split in data}, steps)
+    log.describe(
+        dataset,
+        {split: len(data[split].ids) for split in data},
+        f"{state.step} to {max_iters}, of {tokens_per_step():,} tokens each",
+    )
     if decay_lr and last_decay_step() > max_iters:
         log.runtime.say(
             f"schedule: it ends at {learning_rate_at(max_iters):.2g}, not at min_lr, because "

@@ -120,7 +120,8 @@ def load_optimizer(optimizer, saved, device):
             raise UserError(f"it has moments of {len(state)} tensors, the model {len(parameters)}")
         for index, moments in state.items():
             parameter = parameters[index]
-            for name in ("exp_avg", "exp_avg_sq"):
+            is_muons = "momentum_buffer" in moments
+            for name in ("momentum_buffer",) if is_muons else ("exp_avg", "exp_avg_sq"):
                 moment = moments[name][: len(parameter)].to(device, copy=True).contiguous()
                 if moment.shape != parameter.shape:
                     shapes = f"{tuple(moment.shape)}, not {tuple(parameter.shape)}"

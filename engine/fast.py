@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from engine.process import UserError
+
 LOGITS_AT_ONCE = 2**26  # numbers, of 4 bytes, that the loss holds at once
 FEW_LOGITS = 2**22  # up to so many are computed at once, as PyTorch does
 WEIGHTS_AT_ONCE = 2**18  # numbers, of 4 bytes, in attention with dropout: they fit a core's cache
@@ -53,8 +55,13 @@ def keep_freed_memory():
             ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-def recompute_activations(blocks):
-    """Let each of `blocks` keep only its input and run again in the backward pass, in place."""
+def recompute_activations(blocks, dropout, device):
+    """Let each of `blocks` keep only its input and run again in the backward pass, in place.
+
+    Raises UserError where it would run again with other dropout masks.
+    """
+    if dropout and device.type == "mps":
+        raise UserError("activation_checkpointing on mps needs --dropout=0: it draws other masks")
     for block in blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
