@@ -184,8 +184,9 @@ class GPT(nn.Module):
         """
         optimizer, hidden = torch.optim.AdamW, []
         if name == "muon":
-            from engine.muon import Muon as optimizer
+            from engine.muon import Muon
 
+            optimizer = Muon
             matrices = {3: [], 1: []}  # c_attn is three in one: queries, keys and values
             for key, parameter in self.transformer.h.named_parameters():
                 if parameter.dim() == 2:

@@ -136,7 +136,8 @@ def is_said_by_another_rank(text):
     with suppress(Exception):  # the machine that keeps the store may have ended
         if os.environ["RANK"] != "0":
             address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            socket.create_connection(address, timeout=5).close()  # TCPStore logs a stack trace
+            # Where nobody answers, TCPStore would log a stack trace.
+            socket.create_connection(address, timeout=5).close()
         store = shared_store(timeout=5)
         tries = 0 if os.environ["RANK"] == "0" else 10
         while tries and not store.check([text]):
