@@ -14,7 +14,7 @@ import configurator
 import sample
 import train
 
-BUDGETS = {"train.py": 240, "model.py": 240, "sample.py": 90, "bench.py": 130}
+BUDGETS = {"train.py": 270, "model.py": 240, "sample.py": 90, "bench.py": 130}
 BUDGETS |= {"configurator.py": 120, "data/tokens.py": 160}
 for pattern, most in ("engine/*", 150), ("tools/*", 120), ("data/*/prepare", 60), ("config/*", 30):
     BUDGETS |= {str(path.relative_to(ROOT)): most for path in ROOT.glob(f"{pattern}.py")}
@@ -94,7 +94,7 @@ def test_the_model_imports_nothing_of_ours_before_it_is_asked_to():
     tree = ast.parse((ROOT / "model.py").read_text(encoding="utf-8"))
     modules = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
     modules |= {alias.name for n in tree.body if isinstance(n, ast.Import) for alias in n.names}
-    assert modules == {"math", "dataclasses", "torch", "torch.nn.functional"}
+    assert modules == {"math", "dataclasses", "typing", "torch", "torch.nn.functional"}
 
 
 # --- settings ------------------------------------------------------------------------------------
