@@ -65,7 +65,7 @@ def load_tokens():
 def our_step(tokens, meta, config, runtime):
     """A training step of train.py."""
     state = train.build_state(None, meta, {"train": tokens}, config, runtime)
-    sizes = train.gradient_accumulation_steps, train.batch_size, train.block_size
+    sizes = train.sequences_at, train.batch_size, train.block_size
     batches = Batches(tokens, *sizes, train.seed, runtime)
     model = train.prepare_model(state, batches, runtime)
     return lambda index: train.train_step(model, state, batches, index, runtime), state.model

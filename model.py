@@ -8,6 +8,7 @@ arXiv:2005.14165, appendix B) for the optimizer; nanoGPT for parameter names and
 
 import math
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +25,10 @@ class GPTConfig:
     dropout: float = 0.0
     bias: bool = True  # in linear and normalisation layers, as GPT-2 has; without is a bit faster
     gelu_tanh: bool = False  # the tanh approximation of GELU, which GPT-2 was trained with
+    # A table; or queries and keys are turned (arXiv:2104.09864); or distance costs (2108.12409).
+    position: Literal["learned", "rotary", "alibi"] = "learned"
+    rms_norm: bool = False  # RMSNorm without gain; also of embeddings, queries and keys
+    tied: bool = True  # the token table is the head too (Press and Wolf, arXiv:1608.05859)
 
 
 class CausalSelfAttention(nn.Module):
@@ -33,22 +38,34 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        self.qk_norm = make_norm(config, config.n_embd // config.n_head, gpt2s=nn.Identity())
         self.attend = F.scaled_dot_product_attention
 
-    def forward(self, x, cache=None, past=0):
+    def forward(self, x, rotation=None, mask=None, cache=None, past=0):
         B, T, C = x.shape
         q, k, v = self.c_attn(x).chunk(3, dim=2)
         q, k, v = (t.view(B, T, self.n_head, -1).transpose(1, 2) for t in (q, k, v))  # (B, H, T, D)
+        if rotation is not None:
+            q, k = rotate(q, *rotation), rotate(k, *rotation)
+        q, k = self.qk_norm(q), self.qk_norm(k)
         if cache is not None:
             keys, values = cache  # (B, H, capacity, D) each
             keys[:, :, past : past + T] = k
             values[:, :, past : past + T] = v
             k, v = keys[:, :, : past + T], values[:, :, : past + T]
         dropout = self.dropout if self.training else 0.0
-        causal = T > 1  # with a cache a single token comes after all others and may see them all
-        y = self.attend(q, k, v, dropout_p=dropout, is_causal=causal)
+        # With a cache a single token comes after all others and may see them all.
+        causal = T > 1 and mask is None
+        y = self.attend(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
         y = y.transpose(1, 2).reshape(B, T, C)  # heads side by side
         return self.resid_dropout(self.c_proj(y))
+
+
+def make_norm(config, size, gpt2s=None):
+    """Return the normalisation of `size` channels: an RMSNorm without gain, or what GPT-2 has."""
+    if config.rms_norm:
+        return nn.RMSNorm(size, 1e-6, elementwise_affine=False)
+    return gpt2s or nn.LayerNorm(size, bias=config.bias)
 
 
 class MLP(nn.Module):
@@ -68,13 +85,13 @@ class Block(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config, config.n_embd)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config, config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x, cache=None, past=0):
-        x = x + self.attn(self.ln_1(x), cache, past)
+    def forward(self, x, rotation=None, mask=None, cache=None, past=0):
+        x = x + self.attn(self.ln_1(x), rotation, mask, cache, past)
         return x + self.mlp(self.ln_2(x))
 
 
@@ -86,11 +103,14 @@ class GPT(nn.Module):
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "ln_e": make_norm(config, config.n_embd, gpt2s=nn.Identity()),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+                "ln_f": make_norm(config, config.n_embd),
             }
         )
+        if config.position != "learned":
+            del self.transformer["wpe"]
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.tie()
         self.apply(self.init_weights)
@@ -99,8 +119,9 @@ class GPT(nn.Module):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
     def tie(self):
-        """Make input embedding and output head one matrix (Press and Wolf, arXiv:1608.05859)."""
-        self.lm_head.weight = self.transformer.wte.weight
+        """Make the token table and the head one matrix, unless the config keeps them apart."""
+        if self.config.tied:
+            self.lm_head.weight = self.transformer.wte.weight
 
     @staticmethod
     def init_weights(module):
@@ -130,10 +151,18 @@ class GPT(nn.Module):
         T = idx.size(1)
         assert past + T <= self.config.block_size, (past, T, self.config.block_size)
         assert past == 0 or T == 1, (past, T)
-        positions = torch.arange(past, past + T, device=idx.device)
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe(positions))
+        seen = torch.arange(past + T, device=idx.device)
+        positions = seen[past:]
+        x, rotation, mask = self.transformer.wte(idx), None, None
+        if self.config.position == "learned":
+            x = x + self.transformer.wpe(positions)
+        elif self.config.position == "rotary":
+            rotation = rotary_table(positions, self.config.n_embd // self.config.n_head)
+        else:
+            mask = alibi_mask(positions, seen, self.config.n_head)
+        x = self.transformer.drop(self.transformer.ln_e(x))
         for layer, block in enumerate(self.transformer.h):
-            x = block(x, None if cache is None else cache[layer], past)
+            x = block(x, rotation, mask, None if cache is None else cache[layer], past)
         return self.transformer.ln_f(x)
 
     def head_loss(self, x, targets):
@@ -148,20 +177,23 @@ class GPT(nn.Module):
     def get_num_params(self, non_embedding=True):
         """Return the number of parameters, without the position table unless `non_embedding=False`.
 
-        The token table counts either way: it is the head too.
+        The token table counts either way: it is the head too, unless that is a matrix of its own.
         """
         count = sum(parameter.numel() for parameter in self.parameters())
-        if non_embedding:
+        if non_embedding and self.config.position == "learned":
             count -= self.transformer.wpe.weight.numel()
         return count
 
     def flops_per_token(self):
         """Return the FLOPs of one token's forward and backward at full context.
 
-        6N + 12 * n_layer * C * T (PaLM, arXiv:2204.02311, appendix B); N leaves the positions out.
+        6N + 12 * n_layer * C * T (PaLM, arXiv:2204.02311, appendix B); N leaves out the positions,
+        and the token table where it is not the head: nothing is multiplied by it.
         """
-        shape = self.config
-        return 6 * self.get_num_params() + 12 * shape.n_layer * shape.n_embd * shape.block_size
+        shape, count = self.config, self.get_num_params()
+        if not shape.tied:
+            count -= self.transformer.wte.weight.numel()
+        return 6 * count + 12 * shape.n_layer * shape.n_embd * shape.block_size
 
     def estimate_mfu(self, tokens, seconds, peak_flops):
         """Return model FLOPs utilisation, 0..1, of training `tokens` in `seconds` on one device.
@@ -211,6 +243,8 @@ class GPT(nn.Module):
         """Shorten the context, dropping the positions beyond `block_size`."""
         assert block_size <= self.config.block_size, (block_size, self.config.block_size)
         self.config = replace(self.config, block_size=block_size)
+        if self.config.position != "learned":
+            return
         wpe = self.transformer.wpe
         wpe.weight = nn.Parameter(wpe.weight[:block_size].detach().clone())
         wpe.num_embeddings = block_size
@@ -254,7 +288,7 @@ class GPT(nn.Module):
 
     def make_cache(self, batch_size, capacity):
         """Return room for the keys and values of `capacity` tokens, (L, 2, B, H, capacity, D)."""
-        config, weight = self.config, self.transformer.wpe.weight
+        config, weight = self.config, self.lm_head.weight
         dtype = weight.dtype
         if torch.is_autocast_enabled(weight.device.type):
             dtype = torch.get_autocast_dtype(weight.device.type)
@@ -305,6 +339,30 @@ class GPT(nn.Module):
     def generate(self, idx, max_new_tokens, *args, **options):
         """Return `idx` (B, T) and what `stream` draws after it, (B, at most T + max_new_tokens)."""
         return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **options)), dim=1)
+
+
+def rotary_table(positions, size):
+    """Return the cosine and sine, (T, D / 2) each, of the angles to turn heads of D = `size` by."""
+    frequencies = 10000 ** (-torch.arange(0, size, 2, device=positions.device) / size)
+    angles = positions[:, None] * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Return x (B, H, T, D) with channel i and D / 2 + i turned as a pair, by position and i."""
+    first, second = x.chunk(2, dim=3)
+    turned = first * cos + second * sin, second * cos - first * sin
+    return torch.cat(turned, dim=3).type_as(x)
+
+
+def alibi_mask(positions, seen, heads):
+    """Return what to add to the scores of `positions` (T) for those `seen` (S), (H, T, S).
+
+    The further back, the less, by a slope per head; the future gets -inf.
+    """
+    slopes = 2 ** (-8 * torch.arange(1, heads + 1, device=seen.device) / heads)
+    behind = positions[:, None] - seen  # (T, S)
+    return torch.where(behind >= 0, -slopes[:, None, None] * behind, -math.inf)
 
 
 def cross_entropy(logits, targets):

@@ -17,7 +17,8 @@ from data.tokens import GPT2, Batches, TokenFile, read_meta, send
 from engine.checkpoint import State, checkpoint_to_resume, model_config
 from engine.fast import recompute_activations, use_fast_parts
 from engine.folder import Keeper, check_writable, claim, set_aside
-from engine.log import BadSteps, Log, StepTimer, finish
+from engine.health import Health
+from engine.log import Log, StepTimer, finish
 from engine.process import UserError, catch_signals, one_line_errors, user_error, user_path
 from engine.runtime import compile_model, shard, start_runtime, unshard, wrap
 from model import GPT, GPTConfig
@@ -29,6 +30,7 @@ out_dir = "out"                     # folder for checkpoints and log.jsonl
 eval_interval = 2000                # steps between evaluations, each followed by a save
 log_interval = 1                    # steps between log lines
 eval_iters = 200                    # evaluate at most this many batches per split
+health_interval = 0                 # steps between lines on each layer in log.jsonl; 0: none
 eval_only = False                   # evaluate once, write nothing, stop
 always_save_checkpoint = True       # ckpt.pt is the newest model; False: the best one
 init_from = "scratch"               # scratch, resume, gpt2, gpt2-xl, OWNER/NAME, a folder
@@ -50,8 +52,11 @@ n_head = 12                         # attention heads per block
 n_embd = 768                        # channels; a multiple of n_head
 dropout = 0.0                       # 0 for pretraining; try 0.1 and more when data are few
 bias = False                        # biases in linear and normalisation layers
+position = "learned"                # how a model knows of order: learned, rotary, alibi
+rms_norm = False                    # RMSNorm, also of embeddings, queries and keys; no LayerNorm
+tied = True                         # one matrix is token table and head
 # Optimizer
-optimizer = "adamw"                 # or muon, for the matrices of the blocks (engine/muon.py)
+optimizer = "adamw"                 # adamw, or muon for the matrices of the blocks
 learning_rate = 6e-4                # at its highest, after the warm-up
 max_iters = 600000                  # steps, each one update
 weight_decay = 1e-1                 # AdamW: of matrices only
@@ -62,8 +67,12 @@ max_bad_steps = 5                   # stop after so many in a row without a fini
 # Schedule
 decay_lr = True                     # warm up, then decay; False: learning_rate throughout
 warmup_iters = 2000                 # steps of linear warm-up
+lr_schedule = "cosine"              # shape of the decay: cosine, linear
+constant_share = 0.0                # of the steps from warm-up to lr_decay_iters, before the decay
 lr_decay_iters: int | None = None   # step at which min_lr is reached; None: max_iters
-min_lr: float | None = None         # after the decay; None: a tenth of learning_rate (Chinchilla)
+min_lr: float | None = None         # after the decay; None: a tenth of learning_rate, linear: 0
+batch_ramp_iters = 0                # steps over which a step's sequences grow to their number
+batch_ramp_start = 0.25             # the share of them that it starts with
 # System
 seed = 1337                         # of the initial weights, the batches and dropout
 backend = "nccl"                    # of the process group on GPUs; CPUs use gloo
@@ -75,29 +84,39 @@ device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16 (scales the loss)
 compile: bool | str = "auto"        # auto, True, False: torch.compile, where it works
 
+MOST = 2**31
 RANGES = {  # setting -> the least, and what it must stay below
-    "eval_interval": (1, 2**31),
-    "log_interval": (1, 2**31),
-    "eval_iters": (1, 2**31),
-    "gradient_accumulation_steps": (1, 2**31),
-    "batch_size": (1, 2**31),
-    "block_size": (1, 2**31),
-    "n_layer": (1, 2**31),
-    "n_head": (1, 2**31),
-    "n_embd": (1, 2**31),
+    "eval_interval": (1, MOST),
+    "log_interval": (1, MOST),
+    "eval_iters": (1, MOST),
+    "health_interval": (0, MOST),
+    "gradient_accumulation_steps": (1, MOST),
+    "batch_size": (1, MOST),
+    "block_size": (1, MOST),
+    "n_layer": (1, MOST),
+    "n_head": (1, MOST),
+    "n_embd": (1, MOST),
     "dropout": (0, 1),
-    "learning_rate": (0, 2**31),
-    "max_iters": (0, 2**31),
-    "weight_decay": (0, 2**31),
+    "learning_rate": (0, MOST),
+    "max_iters": (0, MOST),
+    "weight_decay": (0, MOST),
     "beta1": (0, 1),
     "beta2": (0, 1),
-    "grad_clip": (0, 2**31),
-    "max_bad_steps": (1, 2**31),
-    "warmup_iters": (0, 2**31),
-    "lr_decay_iters": (0, 2**31),
-    "min_lr": (0, 2**31),
+    "grad_clip": (0, MOST),
+    "max_bad_steps": (1, MOST),
+    "warmup_iters": (0, MOST),
+    "constant_share": (0, 1),
+    "batch_ramp_iters": (0, MOST),
+    "batch_ramp_start": (0, 1),
+    "lr_decay_iters": (0, MOST),
+    "min_lr": (0, MOST),
     "seed": (0, 2**63),
-    "timeout": (1, 2**31),
+    "timeout": (1, MOST),
+}
+CHOICES = {
+    "position": ("learned", "rotary", "alibi"),
+    "optimizer": ("adamw", "muon"),
+    "lr_schedule": ("cosine", "linear"),
 }
 # A resumed run takes these from its command, all others from the checkpoint.
 OF_THE_COMMAND = "out_dir", "init_from", "eval_only", "auto_resume", "checkpoint_file", "new_data"
@@ -107,10 +126,17 @@ ROOT = Path(__file__).resolve().parent
 def check_settings(config):
     """Raise UserError with a line for each setting that cannot work, or not with the others."""
     faults = range_faults(config)
+    for name, choices in CHOICES.items():
+        if config[name] not in choices:
+            faults.append(f"{name}={config[name]}: choose {' or '.join(choices)}")
     if not faults and n_embd % n_head:
         faults.append(f"n_embd={n_embd} is no multiple of n_head={n_head}")
-    if optimizer not in ("adamw", "muon"):
-        faults.append(f"optimizer={optimizer}: choose adamw or muon")
+    is_gpt2 = position == "learned" and tied and not rms_norm
+    if init_from not in ("scratch", "resume") and not is_gpt2:
+        faults.append(
+            f"init_from={init_from}: its weights want GPT-2's shape; leave --position, --rms_norm "
+            f"and --tied out"
+        )
     if decay_lr and last_decay_step() <= warmup_iters:
         faults.append(
             f"warmup_iters={warmup_iters} leaves no step to decay in before "
@@ -130,9 +156,7 @@ def load_data(runtime):
     folder = ROOT / "data" / dataset
     meta = read_meta(folder)
     data = {name: TokenFile(folder / f"{name}.bin", meta, block_size) for name in ("train", "val")}
-    batches = Batches(
-        data["train"], gradient_accumulation_steps, batch_size, block_size, seed, runtime
-    )
+    batches = Batches(data["train"], sequences_at, batch_size, block_size, seed, runtime)
     return data, batches, meta
 
 
@@ -157,8 +181,8 @@ def build_model(saved, meta, config, device):
         model = GPT.from_state(shape, saved["model"], device)
     elif init_from == "scratch":
         torch.manual_seed(seed)
-        shape = GPTConfig(block_size, meta["vocab_size"], n_layer, n_head, n_embd, dropout, bias)
-        model = GPT(shape).to(device)
+        shape = {name: config[name] for name in vars(GPTConfig()) if name in config}
+        model = GPT(GPTConfig(**shape, vocab_size=meta["vocab_size"])).to(device)
     else:
         if init_from.startswith("gpt2"):
             check_vocabulary(meta, 50257)  # before anything is downloaded
@@ -217,18 +241,44 @@ def last_decay_step():
 
 
 def lowest_rate():
-    return learning_rate / 10 if min_lr is None else min_lr
+    if min_lr is not None:
+        return min_lr
+    return learning_rate / 10 if lr_schedule == "cosine" else 0.0  # Chinchilla, arXiv:2203.15556
 
 
 def learning_rate_at(step):
-    """Return the learning rate of `step`: linear warm-up, half a cosine to min_lr, constant."""
+    """Return the learning rate of `step`: linear warm-up, constant, decay to min_lr, constant."""
     if not decay_lr:
         return learning_rate
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
-    progress = min(1, (step - warmup_iters) / (last_decay_step() - warmup_iters))
-    lowest = lowest_rate()
-    return lowest + (learning_rate - lowest) * (1 + math.cos(math.pi * progress)) / 2
+    lowest, last = lowest_rate(), last_decay_step()
+    begin = warmup_iters + constant_share * (last - warmup_iters)
+    progress = min(1, max(0, step - begin) / (last - begin))
+    left = 1 - progress
+    if lr_schedule == "cosine":
+        left = (1 + math.cos(math.pi * progress)) / 2
+    return lowest + (learning_rate - lowest) * left
+
+
+def sequences_at(step):
+    """Return the number of sequences of `step`, over all processes: it grows linearly, then stays.
+
+    While gradients still point one way, few sequences tell it (GPT-3, arXiv:2005.14165, 2.3).
+    """
+    most = batch_size * gradient_accumulation_steps
+    if step >= batch_ramp_iters:
+        return most
+    first = batch_ramp_start * most
+    return math.ceil(first + (most - first) * step / batch_ramp_iters)
+
+
+def tokens_between(first, last):
+    """Return the number of tokens of the steps from `first` up to `last`, over all processes."""
+    growing = range(first, min(last, batch_ramp_iters))
+    sequences = sum(map(sequences_at, growing))
+    sequences += (last - first - len(growing)) * sequences_at(batch_ramp_iters)
+    return sequences * block_size
 
 
 # --- one step ------------------------------------------------------------------------------------
@@ -245,7 +295,7 @@ def train_step(model, state, batches, step, runtime):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step)
     micro_batches, mean_loss = batches(step), 0.0
-    sequences = sum(map(len, micro_batches))  # of this rank
+    sequences = sequences_at(step) / runtime.world_size  # of a rank, on average
     for count, tokens in enumerate(micro_batches, start=1):
         model.require_backward_grad_sync = count == len(micro_batches)  # DDP averages only then
         tokens = send(tokens, runtime.device)
@@ -335,17 +385,13 @@ def take_folder(saved, state, config, runtime):
     return keeper, log
 
 
-def tokens_per_step():
-    return batch_size * gradient_accumulation_steps * block_size
-
-
 def describe(changes, state, data, log):
     """Print which settings have changed, and what will run."""
     log.runtime.say("\n".join(changes))
     log.describe(
         dataset,
         {split: len(data[split].ids) for split in data},
-        f"{state.step} to {max_iters}, of {tokens_per_step():,} tokens each",
+        f"{state.step} to {max_iters}, of {sequences_at(max_iters) * block_size:,} tokens each",
     )
     if decay_lr and last_decay_step() > max_iters:
         log.runtime.say(
@@ -372,7 +418,7 @@ def main(config):
     keeper, log = take_folder(saved, state, config, runtime)
     del saved  # and with it the mapping of its file
     describe(changes, state, data, log)
-    timer, bad_steps = StepTimer(state.step, runtime), BadSteps(max_bad_steps, runtime)
+    timer, health = StepTimer(state.step, runtime), Health(state, config, runtime)
 
     for step in range(state.step, max(state.step, max_iters) + 1):
         stopped = runtime.stop_requested()
@@ -380,7 +426,7 @@ def main(config):
 
         if done or step % eval_interval == 0:
             with timer.paused():
-                bad_steps.check(step, keeper)
+                health.check(step, keeper)
                 losses = {} if stopped else evaluate(state.model, data, runtime)
                 log.evaluation(step, losses)
                 is_saved = keeper.save(state, step, losses, config)
@@ -389,11 +435,11 @@ def main(config):
             break
 
         loss, grad_norm = train_step(model, state, batches, step, runtime)
-        bad_steps.add(loss, grad_norm, state.scaler)
+        health.add(step, loss, grad_norm, log)
 
         if step % log_interval == 0:
-            log.step(step, loss, grad_norm, learning_rate_at(step), tokens_per_step(), timer)
-            bad_steps.check(step, keeper)
+            log.step(step, loss, grad_norm, learning_rate_at(step), tokens_between, timer)
+            health.check(step, keeper)
         else:
             log.progress(step)
 

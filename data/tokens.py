@@ -81,8 +81,10 @@ class TokenFile:
             raise UserError(f"no {path.name} in {path.parent}; make it: python {command}")
         count, rest = divmod(path.stat().st_size, dtype.itemsize)
         if rest or count <= block_size:
-            need = f"block_size={block_size} needs {block_size + 1} tokens, all of them whole"
-            raise UserError(f"{path} holds {count} tokens and {rest} bytes; {need}")
+            raise UserError(
+                f"{path} holds {count} tokens and {rest} bytes; "
+                f"block_size={block_size} needs {block_size + 1} tokens, all of them whole"
+            )
         with open(path, "rb") as file:
             self.mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.ids = np.frombuffer(self.mapping, dtype)
@@ -136,19 +138,20 @@ def send(ids, device):
 class Batches:
     """The training sequences of each step, for one rank, prepared one step ahead in a thread.
 
-    The `sequences` windows of step s are drawn by a generator keyed by (seed, s), whatever ran
-    before and however many processes share them, equally and in the order of their ranks.
+    The sequences_at(s) windows of step s are drawn by a generator keyed by (seed, s), whatever ran
+    before and however many processes share them, in the order of their ranks: equally, or where
+    their number grows from step to step, within one.
     """
 
-    def __init__(self, tokens, accumulation_steps, batch_size, block_size, seed, runtime):
+    def __init__(self, tokens, sequences_at, batch_size, block_size, seed, runtime):
         self.tokens, self.length, self.batch_size = tokens, block_size + 1, batch_size
-        self.sequences, self.seed, self.runtime = accumulation_steps * batch_size, seed, runtime
-        world_size = runtime.world_size
-        if self.sequences % world_size:
-            fits = [str(n) for n in range(1, 2 * world_size) if self.sequences % n == 0]
+        self.sequences_at, self.seed, self.runtime = sequences_at, seed, runtime
+        world_size, first, most = runtime.world_size, sequences_at(0), sequences_at(2**31)
+        fits = [n for n in range(1, min(2 * world_size, first + 1)) if most % n == 0]
+        if world_size not in fits:
             raise UserError(
-                f"batch_size * gradient_accumulation_steps = {self.sequences} sequences per step "
-                f"divide among {', '.join(fits)} processes, not among {world_size}"
+                f"batch_size * gradient_accumulation_steps = {most} sequences per step "
+                f"divide among {', '.join(map(str, fits))} processes, not among {world_size}"
             )
         self.pool, self.ahead = ThreadPoolExecutor(max_workers=1), {}  # ahead: step -> future
 
@@ -161,15 +164,17 @@ class Batches:
         return future.result()
 
     def draw(self, step):
+        sequences, world_size = self.sequences_at(step), self.runtime.world_size
         starts = np.random.default_rng([self.seed, step]).integers(
-            len(self.tokens.ids) - self.length + 1, size=self.sequences
+            len(self.tokens.ids) - self.length + 1, size=sequences
         )
-        share = self.sequences // self.runtime.world_size
-        windows = self.tokens.windows(starts[self.runtime.rank * share :][:share], self.length)
+        mine = np.array_split(starts, world_size)[self.runtime.rank]
+        windows = self.tokens.windows(mine, self.length)
         if self.runtime.device.type == "cuda":
             torch.cuda.set_device(self.runtime.device)  # a new thread starts on device 0
             windows = windows.pin_memory()  # makes the copy to the device asynchronous
-        return windows.split(self.batch_size)
+        # As many micro-batches on every rank: where weights are sharded, each takes all ranks.
+        return windows.tensor_split(1 + (sequences - 1) // (world_size * self.batch_size))
 
 
 def char_meta(characters):

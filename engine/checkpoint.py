@@ -4,12 +4,14 @@ import dataclasses
 import os
 import zipfile
 from dataclasses import dataclass
+from typing import Literal, get_args, get_origin
 
 import torch
 
 from engine.process import UserError, reason, user_path
 from engine.runtime import gather_on_rank_0, shard_like
 
+NANOGPTS = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"
 NAMES = "ckpt.pt", "last.pt", "best.pt"  # engine/folder.py says which is when
 
 
@@ -92,17 +94,22 @@ def model_config(config_class, saved, settings=None):
     fields = {**dataclasses.asdict(config_class()), "gelu_tanh": saved.get("gelu_tanh", False)}
     fields |= {**saved["model_args"], "dropout": settings.get("dropout", 0.0)}
     kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
-    possible = all(type(value) is kinds.get(name) for name, value in fields.items())
+    possible = all(is_of_kind(value, kinds.get(name)) for name, value in fields.items())
     possible = possible and all(0 < v < 2**31 for v in fields.values() if type(v) is int)
     if not possible or fields["n_embd"] % fields["n_head"]:
-        raise UserError(f"the checkpoint is of another kind of model: {fields}")
-    layers = sum(name.endswith(".ln_1.weight") for name in saved["model"])
+        raise UserError(f"the checkpoint is of another kind of model: {saved['model_args']}")
+    layers = sum(name.endswith(".attn.c_attn.weight") for name in saved["model"])
     if layers != fields["n_layer"]:
         raise UserError(f"the weights have {layers} layers, the model {fields['n_layer']}")
-    for name in ("n_layer", "n_head", "n_embd", "bias"):
+    for name in ("n_layer", "n_head", "n_embd", "bias", "position", "rms_norm", "tied"):
         if settings.get(name, fields[name]) != fields[name]:
             raise UserError(f"the checkpoint has {name}={fields[name]}; leave --{name} out")
     return config_class(**fields)
+
+
+def is_of_kind(value, kind):
+    """Return whether `value` is of the type `kind`, or one of the words of a Literal."""
+    return value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
 
 
 def load_optimizer(optimizer, saved, device):
@@ -178,15 +185,21 @@ class State:
     def collect(self, step, best_val_loss, config, runtime):
         """Return the content of a checkpoint; whole on rank 0. Every rank must call it."""
         weights = self.model.state_dict()
-        del weights["lm_head.weight"]  # the same as the token table; put together once
+        if self.model.config.tied:
+            del weights["lm_head.weight"]  # the same as the token table; put together once
         weights = gather_on_rank_0(weights, runtime)
-        weights["lm_head.weight"] = weights["transformer.wte.weight"]
-        model_args = dataclasses.asdict(self.model.config)
+        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
+        shape, gpt2 = self.model.config, type(self.model.config)()
+        model_args = {  # nanoGPT refuses an argument that it does not know
+            name: value
+            for name, value in dataclasses.asdict(shape).items()
+            if name in NANOGPTS or value != getattr(gpt2, name)
+        }
         return {
             "model": weights,
             "optimizer": gather_on_rank_0(self.optimizer.state_dict(), runtime),
             "scaler": self.scaler.state_dict(),
-            "gelu_tanh": model_args.pop("gelu_tanh"),  # nanoGPT refuses an unknown argument
+            "gelu_tanh": model_args.pop("gelu_tanh", False),  # so a finetuned GPT-2 loads there
             "model_args": model_args,
             "iter_num": step,
             "best_val_loss": best_val_loss,

@@ -97,18 +97,21 @@ class Log:
         self.runtime.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}")
         self.record({"iter": step, "train/loss": train, "val/loss": val})
 
-    def step(self, step, loss, grad_norm, lr, tokens, timer):
-        """Print and record the figures of a step of `tokens` tokens, timed by `timer`.
+    def step(self, step, loss, grad_norm, lr, tokens_between, timer):
+        """Print and record the figures of `step`, and how fast those since the last call were.
 
+        tokens_between(first, last) is the number of tokens of the steps from `first` up to `last`.
         Every rank must call it: the loss is the mean over all of them. Syncs the device.
         """
-        seconds, world_size = timer.lap(step + 1), self.runtime.world_size
+        begun, world_size = timer.step, self.runtime.world_size
+        seconds = timer.lap(step + 1)
+        tokens = tokens_between(begun, step + 1) / (step + 1 - begun)  # per step
         loss = self.runtime.reduce("sum", loss.item()) / world_size
         grad_norm = grad_norm.item()
         peak_flops, rate = self.runtime.peak_flops(), tokens / seconds
         mfu = self.model.estimate_mfu(tokens / world_size, seconds, peak_flops)
         speed = f"{rate:,.0f} tok/s, mfu {mfu:.2%}" if mfu else f"{rate:,.0f} tok/s"
-        left = timedelta(seconds=round((self.max_iters - step - 1) * seconds))
+        left = timedelta(seconds=round(tokens_between(step + 1, self.max_iters) / rate))
         self.runtime.say(
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}, "
             f"norm {grad_norm:.2f}, {left} left"
@@ -158,38 +161,6 @@ class StepTimer:
         mean = (now - self.began) / (step - self.step)
         self.step, self.began = step, now
         return mean
-
-
-class BadSteps:
-    """Counts steps in a row whose gradient was not finite, on the device, without a sync.
-
-    In float16 a gradient overflows now and then while the scaler looks for the largest scale that
-    does not. That is normal as long as the loss is finite and the scale has room to fall, above 1,
-    and is not counted. In other types the scale is 1: each gradient that is not finite counts.
-    """
-
-    def __init__(self, limit, runtime):
-        self.limit, self.runtime = limit, runtime
-        self.in_a_row = torch.zeros((), device=runtime.device)
-        self.most = torch.zeros((), device=runtime.device)  # ever seen in a row
-
-    def add(self, loss, grad_norm, scaler):
-        """Take note of a step's loss and gradient norm, tensors on the device."""
-        scale = scaler.scale(torch.ones_like(loss))
-        overflow_is_normal = loss.isfinite() & (scale > 1)
-        fine = grad_norm.isfinite() | overflow_is_normal
-        self.in_a_row = torch.where(fine, 0, self.in_a_row + 1)
-        self.most = torch.maximum(self.most, self.in_a_row)
-        self.loss, self.grad_norm = loss, grad_norm
-
-    def check(self, step, keeper):
-        """Raise UserError after `limit` of them. Every rank must call it."""
-        if self.runtime.reduce("max", self.most.item()) >= self.limit:  # syncs the device
-            raise UserError(
-                f"{self.limit} steps in a row had no finite gradient, seen at step {step}: "
-                f"loss {self.loss.item():.4f}, gradient norm {self.grad_norm.item():.4f}; "
-                f"{keeper.what_is_kept()}; lower --learning_rate"
-            )
 
 
 def time_laps(work, most, limit, runtime):

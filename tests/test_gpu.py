@@ -111,7 +111,7 @@ def test_batches_are_pinned_and_arrive_as_on_the_cpu(tiny):
     gpu, cpu = (start_runtime(name, "float32", False) for name in ("cuda", "cpu"))
     folder = tiny / "data" / "tiny"
     tokens = TokenFile(folder / "train.bin", read_meta(folder), 16)
-    ours, plain = (Batches(tokens, 2, 4, 16, 0, runtime)(0) for runtime in (gpu, cpu))
+    ours, plain = (Batches(tokens, lambda step: 8, 4, 16, 0, runtime)(0) for runtime in (gpu, cpu))
     for ids, expected in zip(ours, plain, strict=True):
         assert ids.is_pinned() and not expected.is_pinned()
         sent = send(ids, gpu.device)

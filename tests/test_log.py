@@ -11,7 +11,7 @@ from conftest import TINY, at_step, log, losses
 
 import train
 from engine.folder import Keeper
-from engine.log import BadSteps
+from engine.health import BadSteps
 from engine.process import UserError
 from engine.runtime import Runtime
 

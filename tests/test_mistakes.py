@@ -370,7 +370,7 @@ UNREADABLE = "run/ckpt.pt cannot be read as a checkpoint: "
 
 
 def other(**fields):
-    shown = {**SIZES, "dropout": 0.0, "bias": False, "gelu_tanh": False, **fields}
+    shown = {**SIZES, "bias": False, "dropout": 0.0, **fields}  # what the file says
     return f"the checkpoint is of another kind of model: {shown}"
 
 

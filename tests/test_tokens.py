@@ -21,7 +21,7 @@ from data.tokens import (
     send,
     write_dataset,
 )
-from engine.process import atomic
+from engine.process import UserError, atomic
 from engine.runtime import Runtime
 
 CPU = Runtime(torch.device("cpu"), torch.float32, False, 0, 1, "cpu", "")
@@ -110,25 +110,50 @@ def test_windows_to_evaluate_on_are_all_or_evenly_spaced(tmp_path):
 # --- batches -------------------------------------------------------------------------------------
 
 
+def steadily(sequences):
+    return lambda step: sequences
+
+
+def growing(step):
+    return min(12, 4 + step)
+
+
 def test_a_step_reads_the_same_sequences_whoever_asks_when(tmp_path):
     tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
-    straight = Batches(tokens, 3, 4, 4, 1337, CPU)
+    straight = Batches(tokens, steadily(12), 4, 4, 1337, CPU)
     expected = [torch.cat(straight(step)).tolist() for step in range(6)]
-    again = Batches(tokens, 3, 4, 4, 1337, CPU)
+    again = Batches(tokens, steadily(12), 4, 4, 1337, CPU)
     for step in (5, 2, 2, 3):
         assert torch.cat(again(step)).tolist() == expected[step]
-    other = Batches(tokens, 3, 4, 4, 1338, CPU)
+    other = Batches(tokens, steadily(12), 4, 4, 1338, CPU)
     assert torch.cat(other(0)).tolist() != expected[0] != expected[1]
     for world_size in (2, 3, 4):
-        shares = [Batches(tokens, 3, 4, 4, 1337, run)(5) for run in ranks(world_size)]
+        shares = [Batches(tokens, steadily(12), 4, 4, 1337, run)(5) for run in ranks(world_size)]
         assert torch.cat([torch.cat(share) for share in shares]).tolist() == expected[5]
         assert len({sum(map(len, share)) for share in shares}) == 1
         assert max(len(micro_batch) for share in shares for micro_batch in share) <= 4
 
 
+@pytest.mark.parametrize("step", range(10))
+def test_a_growing_step_is_shared_within_one_and_in_as_many_micro_batches(tmp_path, step):
+    tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
+    expected = torch.cat(Batches(tokens, growing, 3, 4, 1337, CPU)(step)).tolist()
+    assert len(expected) == growing(step)
+    for world_size in (2, 3, 4):
+        shares = [Batches(tokens, growing, 3, 4, 1337, run)(step) for run in ranks(world_size)]
+        assert torch.cat([torch.cat(share) for share in shares]).tolist() == expected
+        assert len({len(share) for share in shares}) == 1
+        assert {1, 2, 3} >= {len(micro_batch) for share in shares for micro_batch in share}
+        sizes = [sum(map(len, share)) for share in shares]
+        assert max(sizes) - min(sizes) <= 1
+    with pytest.raises(UserError, match="divide among 1, 2, 3, 4 processes, not among 6"):
+        Batches(tokens, growing, 3, 4, 1337, ranks(6)[0])
+
+
 def test_windows_are_runs_of_the_file_and_every_start_occurs(tmp_path):
     tokens = token_file(tmp_path / "train.bin", np.arange(20))
-    rows = torch.cat([torch.cat(Batches(tokens, 1, 8, 4, 0, CPU)(step)) for step in range(50)])
+    batches = Batches(tokens, steadily(8), 8, 4, 0, CPU)
+    rows = torch.cat([torch.cat(batches(step)) for step in range(50)])
     assert rows.dtype == torch.int16 and rows.shape == (400, 5)  # as on disk
     assert (rows == rows[:, :1] + torch.arange(5)).all()
     assert set(rows[:, 0].tolist()) == set(range(16))
@@ -148,7 +173,7 @@ def test_memory_does_not_grow_with_the_steps_on_a_large_file(tmp_path):
     with open(tmp_path / "train.bin", "wb") as file:
         file.truncate(2**29)
     tokens = TokenFile(tmp_path / "train.bin", META, 1024)
-    batches = Batches(tokens, 8, 16, 1024, 0, CPU)
+    batches = Batches(tokens, steadily(128), 16, 1024, 0, CPU)
 
     def resident():
         with open("/proc/self/statm") as file:

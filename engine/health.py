@@ -1,0 +1,140 @@
+"""Whether a run is healthy: steps without a finite gradient, and each layer from the inside.
+
+A layer whose gradient vanishes learns nothing, one whose update is a large part of its weights is
+torn about, and attention whose scores are in the hundreds looks at one token only.
+"""
+
+import math
+
+import torch
+
+from engine.process import UserError
+from engine.runtime import unshard
+
+
+class BadSteps:
+    """Counts steps in a row whose gradient was not finite, on the device, without a sync.
+
+    In float16 a gradient overflows now and then while the scaler looks for the largest scale that
+    does not. That is normal as long as the loss is finite and the scale has room to fall, above 1,
+    and is not counted. In other types the scale is 1: each gradient that is not finite counts.
+    """
+
+    def __init__(self, limit, runtime):
+        self.limit, self.runtime = limit, runtime
+        self.in_a_row = torch.zeros((), device=runtime.device)
+        self.most = torch.zeros((), device=runtime.device)  # ever seen in a row
+
+    def add(self, loss, grad_norm, scaler):
+        """Take note of a step's loss and gradient norm, tensors on the device."""
+        scale = scaler.scale(torch.ones_like(loss))
+        overflow_is_normal = loss.isfinite() & (scale > 1)
+        fine = grad_norm.isfinite() | overflow_is_normal
+        self.in_a_row = torch.where(fine, 0, self.in_a_row + 1)
+        self.most = torch.maximum(self.most, self.in_a_row)
+        self.loss, self.grad_norm = loss, grad_norm
+
+    def check(self, step, keeper):
+        """Raise UserError after `limit` of them. Every rank must call it."""
+        if self.runtime.reduce("max", self.most.item()) >= self.limit:  # syncs the device
+            raise UserError(
+                f"{self.limit} steps in a row had no finite gradient, seen at step {step}: "
+                f"loss {self.loss.item():.4f}, gradient norm {self.grad_norm.item():.4f}; "
+                f"{keeper.what_is_kept()}; lower --learning_rate"
+            )
+
+
+class Health:
+    """Counts bad steps; and at every health_interval-th step, looks at each layer.
+
+    It takes the norms of gradients, weights and updates then, and holds a copy of the weights. All
+    ranks must do so, for weights may be sharded. An interval of 0 is never, and costs nothing.
+    """
+
+    def __init__(self, state, config, runtime):
+        self.bad_steps = BadSteps(config["max_bad_steps"], runtime)
+        self.model, self.scaler = state.model, state.scaler
+        self.interval = interval = config["health_interval"]
+        self.grad_clip = config["grad_clip"] or math.inf
+        self.due = bool(interval) and state.step % interval == 0  # is the next step measured?
+        self.steps = self.clipped = 0  # since the last measured one
+        self.old, self.figures = {}, {}  # weights before the update; name/layer -> tensor
+        if not interval:
+            return
+        model, optimizer = state.model, state.optimizer
+        # Muon's step calls AdamW's: both hooks may run twice, and then the last time counts.
+        optimizer.register_step_pre_hook(self.before_update)
+        optimizer.register_step_post_hook(self.after_update)
+        if not runtime.compile:  # into a compiled graph nobody can look
+            for name, module in model.named_modules():
+                if hasattr(module, "attend"):
+                    module.attend = self.watched(module.attend, layer_of(name))
+
+    def watched(self, attend, layer):
+        """Return `attend`, which from now on notes the largest score of a measured step.
+
+        Of the first sequence of each micro-batch: all of them would cost as much as attention.
+        """
+
+        def attend_and_note(q, k, v, **options):
+            if self.due and torch.is_grad_enabled():
+                scores = q[:1].detach() @ k[:1].detach().mT / math.sqrt(q.size(-1))  # (1, H, T, T)
+                name = f"attention_score/{layer}"
+                seen = self.figures.get(name, scores.new_tensor(-math.inf))
+                self.figures[name] = torch.maximum(seen, scores.tril().max())
+            return attend(q, k, v, **options)
+
+        return attend_and_note
+
+    def before_update(self, *_):
+        if self.due:
+            parameters = dict(self.model.named_parameters())
+            self.old = {name: p.detach().clone() for name, p in parameters.items()}
+            self.note("grad_norm", {name: p.grad for name, p in parameters.items()})
+            self.note("weight_norm", self.old)
+
+    def after_update(self, *_):
+        if self.due:
+            parameters = dict(self.model.named_parameters())
+            self.note("update_norm", {name: p - self.old[name] for name, p in parameters.items()})
+
+    @torch.no_grad()
+    def note(self, figure, tensors):
+        """Note the norm over each layer of `tensors`, parameter name -> tensor."""
+        layers = {}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                norm = unshard(torch.linalg.vector_norm(tensor))
+                layers.setdefault(layer_of(name), []).append(norm)
+        for layer, norms in layers.items():
+            self.figures[f"{figure}/{layer}"] = torch.stack(norms).norm()
+
+    def check(self, step, keeper):
+        """Raise UserError after too many bad steps in a row. Every rank must call it."""
+        self.bad_steps.check(step, keeper)
+
+    def add(self, step, loss, grad_norm, log):
+        """Take note that `step` was made; if it was measured, write the figures to `log`."""
+        self.bad_steps.add(loss, grad_norm, self.scaler)
+        if not self.interval:
+            return
+        self.steps += 1
+        self.clipped += grad_norm > self.grad_clip
+        if self.due:
+            self.write(step, log)
+        self.due = (step + 1) % self.interval == 0
+
+    def write(self, step, log):
+        """Record the figures: gradients as clipped, updates as shares of the weights. Syncs."""
+        figures = {name: value.item() for name, value in self.figures.items()}
+        for name in [name for name in figures if name.startswith("update_norm/")]:
+            layer = name.partition("/")[2]
+            figures[f"update_ratio/{layer}"] = figures.pop(name) / figures[f"weight_norm/{layer}"]
+        log.record({"iter": step, "clipped": float(self.clipped) / self.steps, **figures})
+        self.old, self.figures, self.steps, self.clipped = {}, {}, 0, 0
+
+
+def layer_of(name):
+    """Return the layer that a module or parameter belongs to: h.3, wte, ln_f, lm_head."""
+    parts = name.removeprefix("transformer.").split(".")
+    return ".".join(parts[:2]) if parts[0] == "h" else parts[0]
