@@ -1,22 +1,30 @@
-# Trains a 0.8M character-level GPT on the source of Python's standard library: about two minutes on
-# 2 CPU cores, to a validation loss of about 1.64 (Python 3.11). It writes recognisable Python.
+# Trains a 0.8M character-level GPT on the source of Python's standard library with the recipe of
+# config/modern.py: about 100 seconds on 2 CPU cores, to a validation loss of about 1.42 (Python
+# 3.11). It writes recognisable Python.
 out_dir = "out-stdlib-char"
-eval_interval = 250
-eval_iters = 20
-log_interval = 50
+eval_interval = 150
+eval_iters = 10
+log_interval = 20
 always_save_checkpoint = False
 
 dataset = "stdlib_char"
 gradient_accumulation_steps = 1
-batch_size = 16
+batch_size = 32
 block_size = 128
+batch_ramp_iters = 200  # a step has 8 sequences at first
+batch_ramp_start = 0.25
 
 n_layer = 4
 n_head = 4
 n_embd = 128
 dropout = 0.0  # less than one pass over the data: it cannot overfit
+position = "rotary"
+rms_norm = True
+tied = False
 
-learning_rate = 3e-3
-max_iters = 1500
-warmup_iters = 100
-beta2 = 0.99
+optimizer = "muon"
+learning_rate = 1.6e-2
+max_iters = 500
+lr_schedule = "linear"
+min_lr = 0.0
+warmup_iters = 10

@@ -255,3 +255,39 @@ def test_a_checkpoint_keeps_its_switches(launch, tiny):
     torch.save(saved, "out/ckpt.pt")
     with pytest.raises(SystemExit, match="the checkpoint is of another kind of model: .*compass"):
         launch(sample, "--out_dir=out")
+
+
+@SWITCHES
+def test_blocks_computed_twice_give_the_same_run(launch, tiny, switches):
+    options = [*TINY, *(f"--{name}={value}" for name, value in switches.items()), "--max_iters=3"]
+    launch(train, *options, "--out_dir=kept")
+    launch(train, *options, "--activation_checkpointing=True", "--out_dir=twice")
+    assert_equal(load("kept/ckpt.pt"), load("twice/ckpt.pt"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [False, True])
+@pytest.mark.parametrize("switches", ALL, ids=["rotary", "alibi"])
+def test_2_processes_train_it_like_1(launch, finish, tiny, fsdp, switches):
+    options = [*TINY, *(f"--{name}={value}" for name, value in switches.items()), "--max_iters=6"]
+    options += ["--gradient_accumulation_steps=2", "--optimizer=muon", "--log_interval=1"]
+    launch(train, *options, "--out_dir=one")
+    finish(*options, f"--fsdp={fsdp}", "--out_dir=two", processes=2)
+    assert losses("one") == pytest.approx(losses("two"), rel=1e-4)
+    assert_equal(load("one/ckpt.pt"), load("two/ckpt.pt"), atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switches", ALL, ids=["rotary", "alibi"])
+def test_compiled_it_computes_the_same(switches):
+    model, tokens = build(switches), ids(3, 16)
+    expected, _ = model(tokens, tokens)
+    prompts = tokens[:, :5]
+    drawn = model.generate(prompts, 20, temperature=0)
+    try:
+        model.compile()
+        found, _ = model(tokens, tokens)
+    except RuntimeError as fault:
+        pytest.skip(f"no compiler: {fault}")
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(model.generate(prompts, 20, temperature=0), drawn)
