@@ -41,6 +41,18 @@ def test_the_gpu_is_chosen_and_one_that_is_not_there_is_refused():
     assert str(fault.value).endswith("; try --device=auto")
 
 
+@pytest.mark.parametrize("position", ["rotary", "alibi"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_recipe_on_a_gpu_learns_what_it_does_on_the_cpu(launch, tiny, position, compiled):
+    """Muon computes in bfloat16 there."""
+    switches = f"--optimizer=muon --position={position} --rms_norm=True --tied=False".split()
+    launch(train, *TINY, *switches, "--lr_decay_iters=8", "--max_iters=8", "--out_dir=cpu")
+    options = *ON_GPU, *switches, f"--compile={compiled}", "--dtype=bfloat16", "--max_iters=8"
+    out = launch(train, *options, "--out_dir=gpu")
+    assert "not compiled, which" not in out
+    assert losses("gpu") == pytest.approx(losses("cpu"), rel=0.03)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_run_on_a_gpu_learns_what_one_on_the_cpu_does(launch, tiny, dtype, compiled):
