@@ -67,8 +67,8 @@ def our_step(tokens, meta, config, runtime):
     state = train.build_state(None, meta, {"train": tokens}, config, runtime)
     sizes = train.sequences_at, train.batch_size, train.block_size
     batches = Batches(tokens, *sizes, train.seed, runtime)
-    model = train.prepare_model(state, batches, runtime)
-    return lambda index: train.train_step(model, state, batches, index, runtime), state.model
+    model, full = train.prepare_model(state, batches, runtime), train.batch_ramp_iters
+    return lambda index: train.train_step(model, state, batches, full + index, runtime), state.model
 
 
 def nanogpts_step(tokens, meta, config, runtime):

@@ -38,7 +38,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k and v
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        self.qk_norm = make_norm(config, config.n_embd // config.n_head, gpt2s=nn.Identity())
+        self.qk_norm = make_norm(config, config.n_embd // config.n_head, otherwise=nn.Identity())
         self.attend = F.scaled_dot_product_attention
 
     def forward(self, x, rotation=None, mask=None, cache=None, past=0):
@@ -61,11 +61,11 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
-def make_norm(config, size, gpt2s=None):
+def make_norm(config, size, otherwise=None):
     """Return the normalisation of `size` channels: an RMSNorm without gain, or what GPT-2 has."""
     if config.rms_norm:
         return nn.RMSNorm(size, 1e-6, elementwise_affine=False)
-    return gpt2s or nn.LayerNorm(size, bias=config.bias)
+    return otherwise or nn.LayerNorm(size, bias=config.bias)
 
 
 class MLP(nn.Module):
@@ -103,7 +103,7 @@ class GPT(nn.Module):
             {
                 "wte": nn.Embedding(config.vocab_size, config.n_embd),
                 "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "ln_e": make_norm(config, config.n_embd, gpt2s=nn.Identity()),
+                "ln_e": make_norm(config, config.n_embd, otherwise=nn.Identity()),
                 "drop": nn.Dropout(config.dropout),
                 "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
                 "ln_f": make_norm(config, config.n_embd),
@@ -153,13 +153,13 @@ class GPT(nn.Module):
         assert past == 0 or T == 1, (past, T)
         seen = torch.arange(past + T, device=idx.device)
         positions = seen[past:]
-        x, rotation, mask = self.transformer.wte(idx), None, None
+        x, rotation, mask = self.transformer.wte(idx).float(), None, None
         if self.config.position == "learned":
             x = x + self.transformer.wpe(positions)
         elif self.config.position == "rotary":
             rotation = rotary_table(positions, self.config.n_embd // self.config.n_head)
         else:
-            mask = alibi_mask(positions, seen, self.config.n_head)
+            mask = alibi_mask(positions, seen, self.config.n_head)[None]  # fused kernels want 4
         x = self.transformer.drop(self.transformer.ln_e(x))
         for layer, block in enumerate(self.transformer.h):
             x = block(x, rotation, mask, None if cache is None else cache[layer], past)
@@ -221,7 +221,7 @@ class GPT(nn.Module):
             optimizer = Muon
             matrices = {3: [], 1: []}  # c_attn is three in one: queries, keys and values
             for key, parameter in self.transformer.h.named_parameters():
-                if parameter.dim() == 2:
+                if parameter.dim() == 2 and parameter.requires_grad:
                     matrices[3 if "c_attn" in key else 1].append(parameter)
             hidden = [
                 {"params": same, "parts": parts, "momentum": 0.95, "weight_decay": weight_decay}
@@ -280,10 +280,10 @@ class GPT(nn.Module):
     # --- generation ------------------------------------------------------------------------------
 
     def cast_matrices(self, dtype):
-        """Hold the matrices, token table included, in `dtype`: less to read; return self."""
+        """Hold the matrices of linear layers, a tied token table too, in `dtype`; return self."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                module.to(dtype)  # lm_head's matrix is the token table
+                module.to(dtype)  # less to read for each token
         return self
 
     def make_cache(self, batch_size, capacity):

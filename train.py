@@ -52,14 +52,14 @@ n_head = 12                         # attention heads per block
 n_embd = 768                        # channels; a multiple of n_head
 dropout = 0.0                       # 0 for pretraining; try 0.1 and more when data are few
 bias = False                        # biases in linear and normalisation layers
-position = "learned"                # how a model knows of order: learned, rotary, alibi
+position = "learned"                # how the order of tokens is known: learned, rotary, alibi
 rms_norm = False                    # RMSNorm, also of embeddings, queries and keys; no LayerNorm
 tied = True                         # one matrix is token table and head
 # Optimizer
 optimizer = "adamw"                 # adamw, or muon for the matrices of the blocks
 learning_rate = 6e-4                # at its highest, after the warm-up
 max_iters = 600000                  # steps, each one update
-weight_decay = 1e-1                 # AdamW: of matrices only
+weight_decay = 1e-1                 # of matrices only
 beta1 = 0.9                         # AdamW: decay of the mean gradient
 beta2 = 0.95                        # AdamW: decay of the mean squared gradient
 grad_clip = 1.0                     # scale longer gradients down to this norm; 0: never
@@ -68,7 +68,7 @@ max_bad_steps = 5                   # stop after so many in a row without a fini
 decay_lr = True                     # warm up, then decay; False: learning_rate throughout
 warmup_iters = 2000                 # steps of linear warm-up
 lr_schedule = "cosine"              # shape of the decay: cosine, linear
-constant_share = 0.0                # of the steps from warm-up to lr_decay_iters, before the decay
+constant_share = 0.0                # share of the steps after the warm-up before the decay begins
 lr_decay_iters: int | None = None   # step at which min_lr is reached; None: max_iters
 min_lr: float | None = None         # after the decay; None: a tenth of learning_rate, linear: 0
 batch_ramp_iters = 0                # steps over which a step's sequences grow to their number
@@ -86,32 +86,14 @@ compile: bool | str = "auto"        # auto, True, False: torch.compile, where it
 
 MOST = 2**31
 RANGES = {  # setting -> the least, and what it must stay below
-    "eval_interval": (1, MOST),
-    "log_interval": (1, MOST),
-    "eval_iters": (1, MOST),
-    "health_interval": (0, MOST),
-    "gradient_accumulation_steps": (1, MOST),
-    "batch_size": (1, MOST),
-    "block_size": (1, MOST),
-    "n_layer": (1, MOST),
-    "n_head": (1, MOST),
-    "n_embd": (1, MOST),
-    "dropout": (0, 1),
-    "learning_rate": (0, MOST),
-    "max_iters": (0, MOST),
-    "weight_decay": (0, MOST),
-    "beta1": (0, 1),
-    "beta2": (0, 1),
-    "grad_clip": (0, MOST),
-    "max_bad_steps": (1, MOST),
-    "warmup_iters": (0, MOST),
-    "constant_share": (0, 1),
-    "batch_ramp_iters": (0, MOST),
-    "batch_ramp_start": (0, 1),
-    "lr_decay_iters": (0, MOST),
-    "min_lr": (0, MOST),
+    **dict.fromkeys(("eval_interval", "log_interval", "eval_iters", "max_bad_steps"), (1, MOST)),
+    **dict.fromkeys(("gradient_accumulation_steps", "batch_size", "block_size"), (1, MOST)),
+    **dict.fromkeys(("n_layer", "n_head", "n_embd", "timeout"), (1, MOST)),
+    **dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "grad_clip"), (0, MOST)),
+    **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters"), (0, MOST)),
+    **dict.fromkeys(("batch_ramp_iters", "health_interval"), (0, MOST)),
+    **dict.fromkeys(("dropout", "beta1", "beta2", "constant_share", "batch_ramp_start"), (0, 1)),
     "seed": (0, 2**63),
-    "timeout": (1, MOST),
 }
 CHOICES = {
     "position": ("learned", "rotary", "alibi"),
@@ -126,13 +108,17 @@ ROOT = Path(__file__).resolve().parent
 def check_settings(config):
     """Raise UserError with a line for each setting that cannot work, or not with the others."""
     faults = range_faults(config)
-    for name, choices in CHOICES.items():
-        if config[name] not in choices:
-            faults.append(f"{name}={config[name]}: choose {' or '.join(choices)}")
+    faults += [
+        f"{name}={config[name]}: choose {', '.join(choices[:-1])} or {choices[-1]}"
+        for name, choices in CHOICES.items()
+        if config[name] not in choices
+    ]
     if not faults and n_embd % n_head:
         faults.append(f"n_embd={n_embd} is no multiple of n_head={n_head}")
-    is_gpt2 = position == "learned" and tied and not rms_norm
-    if init_from not in ("scratch", "resume") and not is_gpt2:
+    if not faults and position == "rotary" and n_embd // n_head % 2:
+        faults.append(f"position=rotary needs an even n_embd / n_head, not {n_embd // n_head}")
+    shape = position, rms_norm, tied
+    if init_from not in ("scratch", "resume") and shape != ("learned", False, True):
         faults.append(
             f"init_from={init_from}: its weights want GPT-2's shape; leave --position, --rms_norm "
             f"and --tied out"
@@ -264,13 +250,13 @@ def learning_rate_at(step):
 def sequences_at(step):
     """Return the number of sequences of `step`, over all processes: it grows linearly, then stays.
 
-    While gradients still point one way, few sequences tell it (GPT-3, arXiv:2005.14165, 2.3).
+    Early gradients agree, so that few sequences suffice (GPT-3, arXiv:2005.14165, appendix B).
     """
     most = batch_size * gradient_accumulation_steps
     if step >= batch_ramp_iters:
         return most
     first = batch_ramp_start * most
-    return math.ceil(first + (most - first) * step / batch_ramp_iters)
+    return max(1, math.ceil(first + (most - first) * step / batch_ramp_iters))
 
 
 def tokens_between(first, last):
@@ -285,10 +271,10 @@ def tokens_between(first, last):
 
 
 def train_step(model, state, batches, step, runtime):
-    """Make update `step`; return this rank's mean loss and the gradient norm, left on the device.
+    """Make update `step`; return the loss and the gradient norm, left on the device.
 
-    The batches are a function of (seed, step), dropout is one of (seed, step, rank). Without a
-    finite gradient there is no update.
+    The mean of the ranks' losses is that over all sequences. The batches are a function of (seed,
+    step), dropout is one of (seed, step, rank). Without a finite gradient there is no update.
     """
     runtime.seed(seed, step, runtime.rank)
     optimizer, scaler = state.optimizer, state.scaler
@@ -391,7 +377,8 @@ def describe(changes, state, data, log):
     log.describe(
         dataset,
         {split: len(data[split].ids) for split in data},
-        f"{state.step} to {max_iters}, of {sequences_at(max_iters) * block_size:,} tokens each",
+        f"{state.step} to {max_iters}, of {'up to ' if batch_ramp_iters else ''}"
+        f"{sequences_at(max_iters) * block_size:,} tokens each",
     )
     if decay_lr and last_decay_step() > max_iters:
         log.runtime.say(
@@ -426,7 +413,7 @@ def main(config):
 
         if done or step % eval_interval == 0:
             with timer.paused():
-                health.check(step, keeper)
+                health.bad_steps.check(step, keeper)
                 losses = {} if stopped else evaluate(state.model, data, runtime)
                 log.evaluation(step, losses)
                 is_saved = keeper.save(state, step, losses, config)
@@ -439,7 +426,7 @@ def main(config):
 
         if step % log_interval == 0:
             log.step(step, loss, grad_norm, learning_rate_at(step), tokens_between, timer)
-            health.check(step, keeper)
+            health.bad_steps.check(step, keeper)
         else:
             log.progress(step)
 

@@ -1,7 +1,7 @@
-# The recipe of today in place of GPT-2's, named after any other file:
+# The recipe of today in place of GPT-2's, given after any other file:
 #   python train.py config/train_shakespeare_char.py config/modern.py
 #   torchrun --nproc_per_node=8 train.py config/train_gpt2.py config/modern.py
-# docs/recipe.md measures each line at 0.8M and 10M parameters. On GPUs it has not run; a published
+# docs/recipe.md measures its parts at 0.8M and 10M parameters. On GPUs it has not run; a published
 # run of such a recipe at 124M (modded-nanogpt's train_gpt_simple.py, with squared ReLU and capped
 # logits too) reaches 3.28 on FineWeb after 3,250 steps of 524,288 tokens.
 optimizer = "muon"

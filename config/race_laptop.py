@@ -11,7 +11,7 @@ dataset = "shakespeare_char"
 gradient_accumulation_steps = 1
 batch_size = 48
 block_size = 64
-batch_ramp_iters = 560  # a step has 10 sequences at first, 23 at the end
+batch_ramp_iters = 560  # a step has 10 sequences at first, 24 at the end
 batch_ramp_start = 0.2
 
 n_layer = 2

@@ -139,8 +139,8 @@ class Batches:
     """The training sequences of each step, for one rank, prepared one step ahead in a thread.
 
     The sequences_at(s) windows of step s are drawn by a generator keyed by (seed, s), whatever ran
-    before and however many processes share them, in the order of their ranks: equally, or where
-    their number grows from step to step, within one.
+    before and however many processes share them, in the order of their ranks: equally, or to within
+    one sequence while their number grows.
     """
 
     def __init__(self, tokens, sequences_at, batch_size, block_size, seed, runtime):
@@ -152,6 +152,7 @@ class Batches:
             raise UserError(
                 f"batch_size * gradient_accumulation_steps = {most} sequences per step "
                 f"divide among {', '.join(map(str, fits))} processes, not among {world_size}"
+                + (f": the first step has only {first}" if first < world_size else "")
             )
         self.pool, self.ahead = ThreadPoolExecutor(max_workers=1), {}  # ahead: step -> future
 
@@ -168,13 +169,14 @@ class Batches:
         starts = np.random.default_rng([self.seed, step]).integers(
             len(self.tokens.ids) - self.length + 1, size=sequences
         )
-        mine = np.array_split(starts, world_size)[self.runtime.rank]
-        windows = self.tokens.windows(mine, self.length)
+        shares = np.array_split(starts, world_size)
+        windows = self.tokens.windows(shares[self.runtime.rank], self.length)
         if self.runtime.device.type == "cuda":
             torch.cuda.set_device(self.runtime.device)  # a new thread starts on device 0
             windows = windows.pin_memory()  # makes the copy to the device asynchronous
-        # As many micro-batches on every rank: where weights are sharded, each takes all ranks.
-        return windows.tensor_split(1 + (sequences - 1) // (world_size * self.batch_size))
+        # As many micro-batches on every rank, for sharded weights want them all, and none is empty.
+        needed = -(-sequences // (world_size * self.batch_size))  # rounded up
+        return windows.tensor_split(min(needed, len(shares[-1])))
 
 
 def char_meta(characters):
@@ -216,9 +218,11 @@ class BPETokenizer:
         try:
             self.encoding = tiktoken.get_encoding(meta["tokenizer"])
         except (OSError, ValueError) as fault:  # no network, no such encoding
-            advice = "offline, set TIKTOKEN_CACHE_DIR to a folder that tiktoken filled elsewhere"
             why = str(fault).partition("\n")[0].partition("(")[0]
-            raise UserError(f"no tokenizer {meta['tokenizer']}: {why}; {advice}") from None
+            raise UserError(
+                f"no tokenizer {meta['tokenizer']}: {why}; offline, set TIKTOKEN_CACHE_DIR to a "
+                f"folder that tiktoken filled elsewhere"
+            ) from None
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         self.opening = self.eot
 

@@ -7,8 +7,7 @@
     python docs/recipe.py draw
 
 Each run is train.py in a process of its own, and a line in docs/recipe.jsonl when it has ended: an
-interrupted command goes on with the first run that has none, and several may run side by side, with
-OMP_NUM_THREADS=1 to share the cores. `large` and `finetune` first write a
+interrupted command goes on with the first run that has none. `large` and `finetune` first write a
 dataset, Python's own source in GPT-2's tokens; `finetune` first trains on it what it finetunes.
 `draw` draws the pictures and prints the tables.
 """
@@ -359,7 +358,7 @@ def draw_sweep():
 
 
 if __name__ == "__main__":
-    part, *arguments = sys.argv[1:]
+    part, *arguments = sys.argv[1:] or ["nothing"]
     if part == "run":
         put_in(arguments[0])
         sys.argv = [train.__file__, *arguments[1:]]
@@ -367,5 +366,7 @@ if __name__ == "__main__":
     elif part == "draw":
         draw_ablation()
         draw_sweep()
-    else:
+    elif part in ("small", "large", "sweep", "finetune"):
         run_all(part)
+    else:
+        raise SystemExit("error: name a part: small, sweep, large, finetune or draw")

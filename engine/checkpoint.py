@@ -118,17 +118,17 @@ def load_optimizer(optimizer, saved, device):
     Moments of a position table that was cropped since are cropped too. Raises UserError where
     they do not fit.
     """
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grouped = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     groups, state = saved.get("param_groups"), saved.get("state")
     try:
         for ours, theirs in zip(optimizer.param_groups, groups, strict=True):
             theirs |= {key: value for key, value in ours.items() if key != "params"}
-        if len(state) not in (0, len(parameters)):
-            raise UserError(f"it has moments of {len(state)} tensors, the model {len(parameters)}")
+        if len(state) not in (0, len(grouped)):
+            raise UserError(f"it has moments of {len(state)} tensors, the model {len(grouped)}")
         for index, moments in state.items():
-            parameter = parameters[index]
-            is_muons = "momentum_buffer" in moments
-            for name in ("momentum_buffer",) if is_muons else ("exp_avg", "exp_avg_sq"):
+            parameter, group = grouped[index]
+            names = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
+            for name in names:
                 moment = moments[name][: len(parameter)].to(device, copy=True).contiguous()
                 if moment.shape != parameter.shape:
                     shapes = f"{tuple(moment.shape)}, not {tuple(parameter.shape)}"
@@ -177,6 +177,9 @@ class State:
                     f"{split}.bin of dataset {dataset} has changed: it had {was}, and has "
                     f"{self.data[split]}; --new_data=True goes on with it"
                 )
+        was = saved["config"].get("optimizer", "adamw")  # nanoGPT knows no other
+        if was != config["optimizer"]:
+            raise UserError(f"the checkpoint has optimizer={was}; leave --optimizer out")
         load_optimizer(self.optimizer, saved["optimizer"], runtime.device)
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])

@@ -1,7 +1,7 @@
 """Whether a run is healthy: steps without a finite gradient, and each layer from the inside.
 
 A layer whose gradient vanishes learns nothing, one whose update is a large part of its weights is
-torn about, and attention whose scores are in the hundreds looks at one token only.
+thrown about, and attention whose scores are in the hundreds looks at one token only.
 """
 
 import math
@@ -65,7 +65,9 @@ class Health:
         # Muon's step calls AdamW's: both hooks may run twice, and then the last time counts.
         optimizer.register_step_pre_hook(self.before_update)
         optimizer.register_step_post_hook(self.after_update)
-        if not runtime.compile:  # into a compiled graph nobody can look
+        if runtime.compile:  # a compiled graph runs no Python in between
+            runtime.say("health: no attention scores where the model is compiled")
+        else:
             for name, module in model.named_modules():
                 if hasattr(module, "attend"):
                     module.attend = self.watched(module.attend, layer_of(name))
@@ -73,45 +75,42 @@ class Health:
     def watched(self, attend, layer):
         """Return `attend`, which from now on notes the largest score of a measured step.
 
-        Of the first sequence of each micro-batch: all of them would cost as much as attention.
+        It is that of the first sequence of each micro-batch, for all of them would cost as much as
+        attention, and before ALiBi takes from it.
         """
 
         def attend_and_note(q, k, v, **options):
             if self.due and torch.is_grad_enabled():
                 scores = q[:1].detach() @ k[:1].detach().mT / math.sqrt(q.size(-1))  # (1, H, T, T)
+                future = torch.ones_like(scores, dtype=torch.bool).triu(1)
                 name = f"attention_score/{layer}"
                 seen = self.figures.get(name, scores.new_tensor(-math.inf))
-                self.figures[name] = torch.maximum(seen, scores.tril().max())
+                self.figures[name] = torch.maximum(seen, scores[~future].max())
             return attend(q, k, v, **options)
 
         return attend_and_note
 
     def before_update(self, *_):
         if self.due:
-            parameters = dict(self.model.named_parameters())
-            self.old = {name: p.detach().clone() for name, p in parameters.items()}
-            self.note("grad_norm", {name: p.grad for name, p in parameters.items()})
-            self.note("weight_norm", self.old)
+            self.old = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+            self.note("grad_norm", ((n, p.grad) for n, p in self.model.named_parameters()))
+            self.note("weight_norm", self.old.items())
 
     def after_update(self, *_):
         if self.due:
-            parameters = dict(self.model.named_parameters())
-            self.note("update_norm", {name: p - self.old[name] for name, p in parameters.items()})
+            now = self.model.named_parameters()
+            self.note("update_norm", ((n, p.detach() - self.old[n]) for n, p in now))  # one by one
 
     @torch.no_grad()
     def note(self, figure, tensors):
-        """Note the norm over each layer of `tensors`, parameter name -> tensor."""
+        """Note the norm over each layer of `tensors`, pairs of a parameter's name and a tensor."""
         layers = {}
-        for name, tensor in tensors.items():
+        for name, tensor in tensors:
             if tensor is not None:
                 norm = unshard(torch.linalg.vector_norm(tensor))
                 layers.setdefault(layer_of(name), []).append(norm)
         for layer, norms in layers.items():
             self.figures[f"{figure}/{layer}"] = torch.stack(norms).norm()
-
-    def check(self, step, keeper):
-        """Raise UserError after too many bad steps in a row. Every rank must call it."""
-        self.bad_steps.check(step, keeper)
 
     def add(self, step, loss, grad_norm, log):
         """Take note that `step` was made; if it was measured, write the figures to `log`."""

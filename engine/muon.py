@@ -12,8 +12,8 @@ import torch
 
 from engine.runtime import shard_like, unshard
 
-# Five odd polynomials a x + b x^3 + c x^5, one after another, each the best for what the one before
-# leaves: singular values between 0.001 and 1 come near 1 (Polar Express, arXiv:2505.16932).
+# Five odd polynomials a x + b x^3 + c x^5, one after another: singular values between 0.001 and 1
+# come near 1 (Polar Express, arXiv:2505.16932; the figures are those of modded-nanogpt).
 POLYNOMIALS = [
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),

@@ -230,7 +230,9 @@ def shard_like(parameter, tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements)
+    return distribute_tensor(
+        tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
+    )  # every rank has it: nothing is sent
 
 
 def gather_on_rank_0(tree, runtime):

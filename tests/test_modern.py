@@ -231,7 +231,11 @@ def test_the_linear_schedule_holds_then_falls_to_zero(monkeypatch):
 @pytest.mark.parametrize(
     "options, line",
     [
-        ("--position=relative", "position=relative: choose learned or rotary or alibi"),
+        ("--position=relative", "position=relative: choose learned, rotary or alibi"),
+        (
+            "--n_embd=30 --position=rotary",
+            "position=rotary needs an even n_embd / n_head, not 15",
+        ),
         ("--lr_schedule=wsd", "lr_schedule=wsd: choose cosine or linear"),
         (
             "--init_from=gpt2 --position=rotary",

@@ -134,6 +134,14 @@ def test_a_step_reads_the_same_sequences_whoever_asks_when(tmp_path):
         assert max(len(micro_batch) for share in shares for micro_batch in share) <= 4
 
 
+def test_no_micro_batch_is_empty_where_it_holds_one_sequence(tmp_path):
+    tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
+    for step in range(10):
+        for run in ranks(4):
+            share = Batches(tokens, growing, 1, 4, 1337, run)(step)
+            assert set(map(len, share)) <= {1, 2}
+
+
 @pytest.mark.parametrize("step", range(10))
 def test_a_growing_step_is_shared_within_one_and_in_as_many_micro_batches(tmp_path, step):
     tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
