@@ -1,6 +1,7 @@
 """Measure what each part of the recipe brings, and how sensitive training is to each setting.
 
     python data/shakespeare_char/prepare.py && python docs/recipe.py small
+    python docs/recipe.py time
     python docs/recipe.py sweep
     python docs/recipe.py large
     python data/shakespeare/prepare.py && python docs/recipe.py finetune
@@ -9,7 +10,8 @@
 Each run is train.py in a process of its own, and a line in docs/recipe.jsonl when it has ended: an
 interrupted command goes on with the first run that has none. `large` and `finetune` first write a
 dataset, Python's own source in GPT-2's tokens; `finetune` first trains on it what it finetunes.
-`draw` draws the pictures and prints the tables.
+`time` repeats some of `small` with as many steps as fit into the time of GPT-2's; `draw` draws the
+pictures and prints the tables.
 """
 
 import itertools
@@ -68,6 +70,7 @@ LESS = {
     **{f"without {name}": (WHOLE, f"no_{name}") for name in sorted(PARTS)},
     **{f"the recipe + {name}": (WHOLE, name) for name in sorted(OTHERS | {"momentum_warmup"})},
 }
+TIMED = ["GPT-2, AdamW", "+ Muon", "+ rotary", "AdamW for Muon", "the recipe"]
 SWEEP = {  # setting -> values, around the laptop recipe with its schedule cut to 200 steps
     "learning_rate": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
     "batch_size": [3, 6, 12, 24, 48],
@@ -222,6 +225,13 @@ def plan(part):
                         key = {"optimizer": optimizer, "name": name, "value": value}
                         put = f"scale={value}" if name == "initialisation" else ""
                         yield {**key, "seed": seed}, f"{SMALL} {rate} {given}", put
+        elif part == "time":
+            times = by_name("small")[1]
+            for name in TIMED:
+                steps = round(200 * times["GPT-2, AdamW"] / times[name])
+                flags, put = {**ALONE, **LESS}[name]
+                flags = f"{SMALL} {flags} --max_iters={steps}"
+                yield {"name": name, "steps": steps, "seed": seed}, flags, put
         else:
             for name, (flags, put) in {**ALONE, **LESS}.items():
                 size = {"small": SMALL, "large": LARGE}[part]
@@ -317,6 +327,8 @@ def draw_ablation():
         for losses, times in measured.values():
             row += [cell(losses[name]), times[name]] if name in losses else ["", ""]
         print(f"| {' | '.join(map(str, row))} |")
+    for name, losses in by_name("time")[0].items():
+        print(f"in the time of GPT-2: {name} {cell(losses)}")
     figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
     for column, part in enumerate(parts):
         losses, _ = measured[part]
@@ -357,6 +369,19 @@ def draw_sweep():
     figure.savefig(ROOT / "assets" / "sensitivity.png", dpi=90)
 
 
+def print_finetuning():
+    """Print the mean loss of each way to finetune."""
+    lines = [line for line in known() if line["part"] == "finetune"]
+    for steps, rates, decays, dropouts in FINETUNE:
+        for decay, dropout in itertools.product(decays, dropouts):
+            row = [f"{steps} steps", f"decay {decay}", f"dropout {dropout}"]
+            for rate in rates:
+                key = {"steps": steps, "rate": rate, "decay": decay, "dropout": dropout}
+                losses = [line["loss"] for line in lines if key.items() <= line.items()]
+                row.append(f"{rate}: {cell(losses)}" if losses else "")
+            print(f"| {' | '.join(row)} |")
+
+
 if __name__ == "__main__":
     part, *arguments = sys.argv[1:] or ["nothing"]
     if part == "run":
@@ -366,7 +391,8 @@ if __name__ == "__main__":
     elif part == "draw":
         draw_ablation()
         draw_sweep()
-    elif part in ("small", "large", "sweep", "finetune"):
+        print_finetuning()
+    elif part in ("small", "time", "large", "sweep", "finetune"):
         run_all(part)
     else:
-        raise SystemExit("error: name a part: small, sweep, large, finetune or draw")
+        raise SystemExit("error: name a part: small, time, sweep, large, finetune or draw")
