@@ -282,6 +282,7 @@ def test_2_processes_train_it_like_1(launch, finish, tiny, fsdp, switches):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # the compiler warns of its own
 @pytest.mark.parametrize("switches", ALL, ids=["rotary", "alibi"])
 def test_compiled_it_computes_the_same(switches):
     model, tokens = build(switches), ids(3, 16)
