@@ -268,7 +268,7 @@ def run_all(part):
     if part in ("large", "finetune"):
         write_source_code()
     if part == "finetune" and not (BASE / "ckpt.pt").exists():
-        flags = f"{RUN} {TUNED} {ADAMW} --dataset=stdlib_bpe --max_iters=1000 --out_dir={BASE}"
+        flags = f"{RUN} {TUNED} {ADAMW} --dataset=stdlib_bpe --max_iters=400 --out_dir={BASE}"
         subprocess.run([sys.executable, ROOT / "train.py", *flags.split()], check=True)
     for line in known():
         done.append({name: line[name] for name in line if name not in ("loss", "ms")})
