@@ -321,15 +321,18 @@ def draw_ablation():
 
     parts = {"small": "0.8M parameters, characters", "large": "10M parameters, GPT-2's tokens"}
     measured = {part: by_name(part) for part in parts}
-    print(f"| | {' | '.join(f'{about} | ms' for about in parts.values())} |\n| --- |{' --- |' * 4}")
+    parts = {part: about for part, about in parts.items() if measured[part][0]}
+    print(f"| | {' | '.join(f'{about} | ms' for about in parts.values())} |")
     for name in {**ALONE, **LESS}:
         row = [name.replace("_", " ")]
-        for losses, times in measured.values():
+        for losses, times in (measured[part] for part in parts):
             row += [cell(losses[name]), times[name]] if name in losses else ["", ""]
         print(f"| {' | '.join(map(str, row))} |")
     for name, losses in by_name("time")[0].items():
         print(f"in the time of GPT-2: {name} {cell(losses)}")
-    figure, axes = plt.subplots(2, 2, figsize=(12, 8), layout="constrained")
+    figure, axes = plt.subplots(
+        2, len(parts), figsize=(1 + 6 * len(parts), 8), layout="constrained", squeeze=False
+    )
     for column, part in enumerate(parts):
         losses, _ = measured[part]
         for row, group in enumerate((ALONE, LESS)):
@@ -362,7 +365,7 @@ def draw_sweep():
                 mean.append(statistics.mean(found) if found else float("nan"))
             panel.plot(range(len(values)), mean, color=color, label=optimizer)
         panel.set_xticks(range(len(values)), values)
-        panel.set(xlabel=name, ylim=(1.7, 2.6))
+        panel.set(xlabel=name, ylim=(1.8, 3.0))
         panel.spines[["top", "right"]].set_visible(False)
     axes[0, 0].legend(frameon=False)
     figure.supylabel("validation loss after 200 steps")
