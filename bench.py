@@ -18,7 +18,8 @@ import torch
 
 import train
 from configurator import configure
-from data.tokens import GPT2, Batches, TokenFile, read_meta
+from data.tokenizer import GPT2, read_meta
+from data.tokens import Batches, TokenFile
 from engine.fast import use_fast_parts
 from engine.log import peak_memory, time_laps
 from engine.process import UserError, one_line_errors
@@ -65,8 +66,7 @@ def load_tokens():
 def our_step(tokens, meta, config, runtime):
     """A training step of train.py."""
     state = train.build_state(None, meta, {"train": tokens}, config, runtime)
-    sizes = train.sequences_at, train.batch_size, train.block_size
-    batches = Batches(tokens, *sizes, train.seed, runtime)
+    batches = Batches(tokens, config, runtime)
     model, full = train.prepare_model(state, batches, runtime), train.batch_ramp_iters
     return lambda index: train.train_step(model, state, batches, full + index, runtime), state.model
 

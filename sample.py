@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from configurator import configure
-from data.tokens import GPT2, make_tokenizer, read_meta
+from data.tokenizer import GPT2, make_tokenizer, read_meta
 from engine.checkpoint import find_checkpoint, model_config
 from engine.fast import use_fast_parts
 from engine.process import UserError, one_line_errors, user_error, user_path

@@ -13,13 +13,14 @@ from pathlib import Path
 import torch
 
 from configurator import configure, range_faults, take_over
-from data.tokens import GPT2, Batches, TokenFile, read_meta, send
+from data.tokenizer import read_meta
+from data.tokens import Batches, TokenFile, check_vocabulary, send
 from engine.checkpoint import State, checkpoint_to_resume, model_config
 from engine.fast import recompute_activations, use_fast_parts
-from engine.folder import Keeper, check_writable, claim, set_aside
+from engine.folder import check_writable, take_folder
 from engine.health import Health
-from engine.log import Log, StepTimer, finish
-from engine.process import UserError, catch_signals, one_line_errors, user_error, user_path
+from engine.log import StepTimer, finish
+from engine.process import UserError, one_line_errors, user_error, user_path
 from engine.runtime import compile_model, shard, start_runtime, unshard, wrap
 from model import GPT, GPTConfig
 
@@ -137,23 +138,12 @@ def check_settings(config):
 # --- data ----------------------------------------------------------------------------------------
 
 
-def load_data(runtime):
+def load_data(config, runtime):
     """Return the two splits, the batches of the first, and what tells how they were encoded."""
     folder = ROOT / "data" / dataset
     meta = read_meta(folder)
     data = {name: TokenFile(folder / f"{name}.bin", meta, block_size) for name in ("train", "val")}
-    batches = Batches(data["train"], sequences_at, batch_size, block_size, seed, runtime)
-    return data, batches, meta
-
-
-def check_vocabulary(meta, vocab_size):
-    """Raise UserError unless a model of `vocab_size` can be trained on data encoded as `meta`."""
-    is_gpt2 = meta == GPT2 and vocab_size >= 50257  # whose files may name the padded size
-    if meta["vocab_size"] != vocab_size and not is_gpt2:
-        raise UserError(
-            f"dataset {dataset} has a vocabulary of {meta['vocab_size']}, the model {vocab_size}; "
-            f"prepare the dataset with the model's tokenizer"
-        )
+    return data, Batches(data["train"], config, runtime), meta
 
 
 # --- model and optimizer -------------------------------------------------------------------------
@@ -163,7 +153,6 @@ def build_model(saved, meta, config, device):
     """Return the bare model on `device`: that of the checkpoint `saved`, or as init_from says."""
     if saved:
         shape = model_config(GPTConfig, saved, config)
-        check_vocabulary(meta, shape.vocab_size)
         model = GPT.from_state(shape, saved["model"], device)
     elif init_from == "scratch":
         torch.manual_seed(seed)
@@ -171,9 +160,9 @@ def build_model(saved, meta, config, device):
         model = GPT(GPTConfig(**shape, vocab_size=meta["vocab_size"])).to(device)
     else:
         if init_from.startswith("gpt2"):
-            check_vocabulary(meta, 50257)  # before anything is downloaded
+            check_vocabulary(dataset, meta, 50257)  # before anything is downloaded
         model = GPT.from_pretrained(init_from, dropout, device)
-        check_vocabulary(meta, model.config.vocab_size)
+    check_vocabulary(dataset, meta, model.config.vocab_size)
     if block_size > model.config.block_size:
         raise UserError(
             f"block_size={block_size} exceeds the model's {model.config.block_size}; "
@@ -247,26 +236,6 @@ def learning_rate_at(step):
     return lowest + (learning_rate - lowest) * left
 
 
-def sequences_at(step):
-    """Return the number of sequences of `step`, over all processes: it grows linearly, then stays.
-
-    Early gradients agree, so that few sequences suffice (GPT-3, arXiv:2005.14165, appendix B).
-    """
-    most = batch_size * gradient_accumulation_steps
-    if step >= batch_ramp_iters:
-        return most
-    first = batch_ramp_start * most
-    return max(1, math.ceil(first + (most - first) * step / batch_ramp_iters))
-
-
-def tokens_between(first, last):
-    """Return the number of tokens of the steps from `first` up to `last`, over all processes."""
-    growing = range(first, min(last, batch_ramp_iters))
-    sequences = sum(map(sequences_at, growing))
-    sequences += (last - first - len(growing)) * sequences_at(batch_ramp_iters)
-    return sequences * block_size
-
-
 # --- one step ------------------------------------------------------------------------------------
 
 
@@ -281,7 +250,7 @@ def train_step(model, state, batches, step, runtime):
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step)
     micro_batches, mean_loss = batches(step), 0.0
-    sequences = sequences_at(step) / runtime.world_size  # of a rank, on average
+    sequences = batches.sequences_at(step) / runtime.world_size  # of a rank, on average
     for count, tokens in enumerate(micro_batches, start=1):
         model.require_backward_grad_sync = count == len(micro_batches)  # DDP averages only then
         tokens = send(tokens, runtime.device)
@@ -349,37 +318,11 @@ def load_checkpoint(config):
     return saved, lines
 
 
-def take_folder(saved, state, config, runtime):
-    """Return a Keeper and a Log for out_dir, made this run's own. Every rank must call it.
-
-    From here on a signal does not end the process but the loop.
-    """
-    folder = user_path(out_dir)
-    keeper = Keeper(folder, always_save_checkpoint, runtime, writes=not eval_only)
-    log = Log(state.model, max_iters, runtime)
-    if eval_only:
-        return keeper, log
-    claim(folder, runtime)
-    if wandb_log:
-        state.wandb_id = log.open_wandb(folder, state.wandb_id, config)
-    if saved:
-        keeper.resume(saved["iter_num"], newest=checkpoint_file is None)
-    else:
-        set_aside(folder, runtime)
-    log.open(folder / "log.jsonl", state.step, config)
-    catch_signals()
-    return keeper, log
-
-
-def describe(changes, state, data, log):
+def describe(changes, state, data, batches, log):
     """Print which settings have changed, and what will run."""
     log.runtime.say("\n".join(changes))
-    log.describe(
-        dataset,
-        {split: len(data[split].ids) for split in data},
-        f"{state.step} to {max_iters}, of {'up to ' if batch_ramp_iters else ''}"
-        f"{sequences_at(max_iters) * block_size:,} tokens each",
-    )
+    sizes = {split: len(tokens.ids) for split, tokens in data.items()}
+    log.describe(dataset, sizes, state.step, batches.tokens_between)
     if decay_lr and last_decay_step() > max_iters:
         log.runtime.say(
             f"schedule: it ends at {learning_rate_at(max_iters):.2g}, not at min_lr, because "
@@ -399,12 +342,12 @@ def main(config):
         device, dtype, compile, backend, timeout,
         lenient={"device", "dtype"} - config.flags if saved else (),  # perhaps another machine's
     )  # fmt: skip
-    data, batches, meta = load_data(runtime)
+    data, batches, meta = load_data(config, runtime)
     state = build_state(saved, meta, data, config, runtime)
     model = prepare_model(state, batches, runtime)
     keeper, log = take_folder(saved, state, config, runtime)
     del saved  # and with it the mapping of its file
-    describe(changes, state, data, log)
+    describe(changes, state, data, batches, log)
     timer, health = StepTimer(state.step, runtime), Health(state, config, runtime)
 
     for step in range(state.step, max(state.step, max_iters) + 1):
@@ -425,7 +368,7 @@ def main(config):
         health.add(step, loss, grad_norm, log)
 
         if step % log_interval == 0:
-            log.step(step, loss, grad_norm, learning_rate_at(step), tokens_between, timer)
+            log.step(step, loss, grad_norm, learning_rate_at(step), batches.tokens_between, timer)
             health.bad_steps.check(step, keeper)
         else:
             log.progress(step)

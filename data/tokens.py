@@ -1,25 +1,23 @@
-"""Token files on disk: written, checked, cut into batches; and the tokenizers that made them.
+"""Token files on disk: written, checked, and cut into the batches of each step.
 
 A dataset is a folder with train.bin and val.bin: raw little-endian uint16 ids, no header (uint32
-where the vocabulary exceeds 65,536). meta.pkl holds the vocabulary size and what decodes the ids;
-a folder without one holds GPT-2 BPE. nanoGPT reads and writes the same files.
+where the vocabulary exceeds 65,536), beside the meta.pkl of data/tokenizer.py. nanoGPT reads and
+writes the same files.
 """
 
 import hashlib
+import math
 import mmap
-import os
 import pickle
-import unicodedata
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import numpy as np
 import torch
 
-from engine.process import UserError, atomic, reason, user_error
+from data.tokenizer import GPT2
+from engine.process import UserError, atomic, user_error
 
-GPT2 = {"tokenizer": "gpt2", "vocab_size": 50304}  # 50,257 padded to a multiple of 64 for speed
 SCAN_BYTES = 2**27  # files up to this size are searched whole for ids beyond the vocabulary
 SAMPLE = 2**16  # bytes of each piece of a file that goes into its digest
 
@@ -47,27 +45,14 @@ def id_dtype(meta):
     return np.dtype("<u2" if meta["vocab_size"] <= 65536 else "<u4")
 
 
-class PlainUnpickler(pickle._Unpickler):  # the C one takes gigabytes for a damaged memo index
-    def find_class(self, module, name):  # called for all but numbers, strings and containers
-        raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
-
-
-def read_meta(folder):
-    """Return what tells how the dataset in `folder` was encoded: its meta.pkl, or GPT2."""
-    path = folder / "meta.pkl"
-    if not path.exists():
-        return GPT2
-    try:
-        with open(path, "rb") as file:
-            meta = PlainUnpickler(file).load()
-        if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] < 2**32:
-            raise UserError(f"its vocab_size is {meta['vocab_size']!r}")
-        if "stoi" in meta:
-            CharTokenizer(meta)
-        return meta
-    except Exception as fault:  # garbage can raise anything, but it runs nothing
-        why = reason(fault)
-        raise UserError(f"{path} describes no dataset ({why}); prepare it again") from None
+def check_vocabulary(dataset, meta, vocab_size):
+    """Raise UserError unless a model of `vocab_size` can be trained on a dataset of this meta."""
+    is_gpt2 = meta == GPT2 and vocab_size >= 50257  # whose files may name the padded size
+    if meta["vocab_size"] != vocab_size and not is_gpt2:
+        raise UserError(
+            f"dataset {dataset} has a vocabulary of {meta['vocab_size']}, the model {vocab_size}; "
+            f"prepare the dataset with the model's tokenizer"
+        )
 
 
 class TokenFile:
@@ -138,15 +123,16 @@ def send(ids, device):
 class Batches:
     """The training sequences of each step, for one rank, prepared one step ahead in a thread.
 
-    The sequences_at(s) windows of step s are drawn by a generator keyed by (seed, s), whatever ran
-    before and however many processes share them, in the order of their ranks: equally, or to within
-    one sequence while their number grows.
+    The windows of step s are drawn by a generator keyed by (seed, s), whatever ran before and
+    however many processes share them, in the order of their ranks: equally, or to within one
+    sequence while their number grows.
     """
 
-    def __init__(self, tokens, sequences_at, batch_size, block_size, seed, runtime):
-        self.tokens, self.length, self.batch_size = tokens, block_size + 1, batch_size
-        self.sequences_at, self.seed, self.runtime = sequences_at, seed, runtime
-        world_size, first, most = runtime.world_size, sequences_at(0), sequences_at(2**31)
+    def __init__(self, tokens, config, runtime):
+        self.tokens, self.config, self.runtime = tokens, config, runtime
+        self.batch_size, self.block_size = config["batch_size"], config["block_size"]
+        self.sequences = self.batch_size * config["gradient_accumulation_steps"]  # when all grown
+        world_size, first, most = runtime.world_size, self.sequences_at(0), self.sequences
         fits = [n for n in range(1, min(2 * world_size, first + 1)) if most % n == 0]
         if world_size not in fits:
             raise UserError(
@@ -155,6 +141,24 @@ class Batches:
                 + (f": the first step has only {first}" if first < world_size else "")
             )
         self.pool, self.ahead = ThreadPoolExecutor(max_workers=1), {}  # ahead: step -> future
+
+    def sequences_at(self, step):
+        """Return the number of sequences of `step`, over all ranks: it grows linearly, then stays.
+
+        Early gradients agree, so that few sequences suffice (GPT-3, arXiv:2005.14165, appendix B).
+        """
+        ramp, start = self.config["batch_ramp_iters"], self.config["batch_ramp_start"]
+        if step >= ramp:
+            return self.sequences
+        first = start * self.sequences
+        return max(1, math.ceil(first + (self.sequences - first) * step / ramp))
+
+    def tokens_between(self, first, last):
+        """Return the number of tokens of the steps from `first` up to `last`, over all ranks."""
+        growing = range(first, min(last, self.config["batch_ramp_iters"]))
+        sequences = sum(map(self.sequences_at, growing))
+        sequences += (last - first - len(growing)) * self.sequences
+        return sequences * self.block_size
 
     def __call__(self, step):
         """Return this rank's micro-batches of `step`, each (<= batch_size, block_size + 1) ids."""
@@ -166,90 +170,15 @@ class Batches:
 
     def draw(self, step):
         sequences, world_size = self.sequences_at(step), self.runtime.world_size
-        starts = np.random.default_rng([self.seed, step]).integers(
-            len(self.tokens.ids) - self.length + 1, size=sequences
+        length = self.block_size + 1
+        starts = np.random.default_rng([self.config["seed"], step]).integers(
+            len(self.tokens.ids) - length + 1, size=sequences
         )
         shares = np.array_split(starts, world_size)
-        windows = self.tokens.windows(shares[self.runtime.rank], self.length)
+        windows = self.tokens.windows(shares[self.runtime.rank], length)
         if self.runtime.device.type == "cuda":
             torch.cuda.set_device(self.runtime.device)  # a new thread starts on device 0
             windows = windows.pin_memory()  # makes the copy to the device asynchronous
         # As many micro-batches on every rank, for sharded weights want them all, and none is empty.
         needed = -(-sequences // (world_size * self.batch_size))  # rounded up
         return windows.tensor_split(min(needed, len(shares[-1])))
-
-
-def char_meta(characters):
-    """Return the meta of a dataset of these characters."""
-    itos = dict(enumerate(sorted(set(characters))))
-    return {"vocab_size": len(itos), "itos": itos, "stoi": {c: i for i, c in itos.items()}}
-
-
-class CharTokenizer:
-    """One id per character, as the tables of `meta` say. UserError if they disagree."""
-
-    def __init__(self, meta):
-        self.stoi, self.itos = meta["stoi"], meta["itos"]
-        self.vocab_size, self.eot = meta["vocab_size"], None  # no end-of-text token
-        self.opening = self.stoi.get("\n", 0)  # what an empty prompt begins with
-        inverse = {i: c for c, i in self.stoi.items() if isinstance(c, str)}
-        if self.itos != inverse or sorted(inverse) != list(range(self.vocab_size)):
-            raise UserError("its characters and ids do not match")
-
-    def encode(self, text):
-        if unknown := sorted(set(text) - self.stoi.keys()):
-            names = ", ".join(f"{c!r} ({unicodedata.name(c, 'unnamed')})" for c in unknown[:8])
-            raise UserError(f"{len(unknown)} unknown characters: {names}")
-        return [self.stoi[character] for character in text]
-
-    def encode_corpus(self, texts):
-        return map(self.encode, texts)
-
-    def decode_bytes(self, ids):
-        return "".join(self.itos[i] for i in ids).encode()
-
-
-class BPETokenizer:
-    """The tiktoken encoding that `meta` names."""
-
-    def __init__(self, meta):
-        import tiktoken  # here, because characters need neither it nor its files
-
-        try:
-            self.encoding = tiktoken.get_encoding(meta["tokenizer"])
-        except (OSError, ValueError) as fault:  # no network, no such encoding
-            why = str(fault).partition("\n")[0].partition("(")[0]
-            raise UserError(
-                f"no tokenizer {meta['tokenizer']}: {why}; offline, set TIKTOKEN_CACHE_DIR to a "
-                f"folder that tiktoken filled elsewhere"
-            ) from None
-        self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
-        self.opening = self.eot
-
-    def encode(self, text):
-        return self.encoding.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=())
-
-    def encode_corpus(self, texts, threads=None):
-        """Yield an array of ids for each text, made on all cores; special tokens are plain text."""
-        encode, cores = self.encoding.encode_to_numpy, threads or os.cpu_count()
-        with ThreadPoolExecutor(cores) as pool:
-            waiting = deque()
-            for text in texts:
-                waiting.append(pool.submit(encode, text, disallowed_special=()))
-                if len(waiting) > 4 * cores:  # however large the corpus
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-
-    def decode_bytes(self, ids):
-        try:
-            return self.encoding.decode_bytes(ids)
-        except KeyError:  # newer encodings leave some ids unused
-            return b""
-
-
-def make_tokenizer(meta):
-    """Return the tokenizer that `meta`, of a dataset or a checkpoint, describes."""
-    if not meta.keys() & {"tokenizer", "stoi"}:
-        raise UserError("meta.pkl names no tokenizer and holds no characters")
-    return BPETokenizer(meta) if "tokenizer" in meta else CharTokenizer(meta)

@@ -32,7 +32,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from configurator import configure  # noqa: E402
-from data.tokens import GPT2, make_tokenizer, write_dataset  # noqa: E402
+from data.tokenizer import GPT2, make_tokenizer  # noqa: E402
+from data.tokens import write_dataset  # noqa: E402
 from engine.muon import Muon  # noqa: E402
 from model import GPT, MLP, cross_entropy  # noqa: E402
 
@@ -42,7 +43,7 @@ RUN = """--device=cpu --dtype=float32 --compile=False --gradient_accumulation_st
 SMALL = """--dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
     --batch_size=12 --max_iters=200 --eval_iters=50"""  # 0.8M parameters
 LARGE = """--dataset=stdlib_bpe --n_layer=6 --n_head=5 --n_embd=160 --block_size=128
-    --batch_size=8 --max_iters=80 --eval_iters=10"""  # 10M parameters, 8M of them token table
+    --batch_size=8 --max_iters=100 --eval_iters=10"""  # 10M parameters, 8M of them token table
 
 # --- what is measured ----------------------------------------------------------------------------
 

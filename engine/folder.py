@@ -14,7 +14,8 @@ from contextlib import suppress
 import torch
 
 from engine.checkpoint import NAMES, read_checkpoint
-from engine.process import UserError, at_end, atomic, link, user_error
+from engine.log import Log
+from engine.process import UserError, at_end, atomic, catch_signals, link, user_error, user_path
 from engine.runtime import unshard
 
 
@@ -185,3 +186,26 @@ class Keeper:
         if self.step is None:
             return "none was saved yet"
         return f"{self.folder} keeps the checkpoint of step {self.step}"
+
+
+def take_folder(saved, state, config, runtime):
+    """Return a Keeper and a Log for out_dir, made this run's own. Every rank must call it.
+
+    `saved` is the checkpoint that the run resumes from, None for a new run. From here on a signal
+    does not end the process but the loop.
+    """
+    folder, writes = user_path(config["out_dir"]), not config["eval_only"]
+    keeper = Keeper(folder, config["always_save_checkpoint"], runtime, writes)
+    log = Log(state.model, config["max_iters"], runtime)
+    if not writes:
+        return keeper, log
+    claim(folder, runtime)
+    if config["wandb_log"]:
+        state.wandb_id = log.open_wandb(folder, state.wandb_id, config)
+    if saved:
+        keeper.resume(saved["iter_num"], newest=config["checkpoint_file"] is None)
+    else:
+        set_aside(folder, runtime)
+    log.open(folder / "log.jsonl", state.step, config)
+    catch_signals()
+    return keeper, log

@@ -79,15 +79,20 @@ class Log:
             if len(self.waiting) == 1:
                 self.runtime.say(f"{self.path} waits: {fault.strerror}; its lines are kept")
 
-    def describe(self, data, sizes, steps):
-        """Print what will run; `data` is a name, `sizes` the tokens of its splits."""
+    def describe(self, data, sizes, step, tokens_between):
+        """Print what will run from `step` on, on `data`, a name, with splits of `sizes` tokens.
+
+        tokens_between is that of `step` below.
+        """
         model, say = self.model, self.runtime.say
         tokens = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
         millions, megaflops = model.get_num_params() / 1e6, model.flops_per_token() / 1e6
         say(f"hardware: {self.runtime.about}")
         say(f"data: {data}, {tokens} tokens, vocabulary {model.config.vocab_size:,}")
         say(f"model: {millions:.2f}M parameters, {megaflops:,.0f} MFLOPs per token")
-        say(f"steps: {steps}")
+        first, last = (tokens_between(n, n + 1) for n in (step, self.max_iters))
+        each = f"{first:,} to {last:,}" if first < last else f"{last:,}"
+        say(f"steps: {step} to {self.max_iters}, of {each} tokens each")
 
     def evaluation(self, step, losses):
         """Print and record the mean loss of each split, if there was an evaluation."""

@@ -13,7 +13,8 @@ import torch
 
 import train
 from configurator import configure
-from data.tokens import CharTokenizer, char_meta, write_dataset
+from data.tokenizer import CharTokenizer, char_meta
+from data.tokens import write_dataset
 
 try:
     import resource

@@ -9,7 +9,8 @@ from conftest import TINY
 
 import bench
 import train
-from data.tokens import char_meta, write_dataset
+from data.tokenizer import char_meta
+from data.tokens import write_dataset
 from docs import growth
 
 # What follows `ours: ` or `nanoGPT's way: ` and the shape of the work.

@@ -12,7 +12,8 @@ from conftest import TINY, assert_equal, load, log, losses, nanogpt_checkpoint
 
 import sample
 import train
-from data.tokens import TokenFile, read_meta
+from data.tokenizer import read_meta
+from data.tokens import TokenFile
 from engine.runtime import choose_dtype
 from model import GPTConfig
 

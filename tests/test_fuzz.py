@@ -15,7 +15,7 @@ from conftest import TEXT, TINY, Payload
 
 import configurator
 import train
-from data.tokens import char_meta, make_tokenizer, read_meta
+from data.tokenizer import char_meta, make_tokenizer, read_meta
 from engine.checkpoint import model_config, read_checkpoint
 from engine.process import UserError, explain
 from model import GPT, GPTConfig

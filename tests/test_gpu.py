@@ -12,7 +12,8 @@ from conftest import ROOT, TINY, TORCHRUN, assert_equal, load, losses
 import bench
 import sample
 import train
-from data.tokens import Batches, TokenFile, read_meta, send
+from data.tokenizer import read_meta
+from data.tokens import Batches, TokenFile, send
 from engine.fast import use_fast_parts
 from engine.process import UserError
 from engine.runtime import choose_device, start_runtime
@@ -123,7 +124,9 @@ def test_batches_are_pinned_and_arrive_as_on_the_cpu(tiny):
     gpu, cpu = (start_runtime(name, "float32", False) for name in ("cuda", "cpu"))
     folder = tiny / "data" / "tiny"
     tokens = TokenFile(folder / "train.bin", read_meta(folder), 16)
-    ours, plain = (Batches(tokens, lambda step: 8, 4, 16, 0, runtime)(0) for runtime in (gpu, cpu))
+    config = dict(batch_size=4, gradient_accumulation_steps=2, block_size=16, seed=0)
+    config |= dict(batch_ramp_iters=0, batch_ramp_start=0.5)
+    ours, plain = (Batches(tokens, config, runtime)(0) for runtime in (gpu, cpu))
     for ids, expected in zip(ours, plain, strict=True):
         assert ids.is_pinned() and not expected.is_pinned()
         sent = send(ids, gpu.device)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import save_pretrained
 
-from data.tokens import GPT2, BPETokenizer
+from data.tokenizer import GPT2, BPETokenizer
 from engine.huggingface import load_gpt2
 from model import GPT
 

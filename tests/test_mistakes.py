@@ -20,7 +20,8 @@ from conftest import ROOT, TEXT, TINY, Payload
 import bench
 import sample
 import train
-from data.tokens import TokenFile, char_meta, read_meta
+from data.tokenizer import char_meta, read_meta
+from data.tokens import TokenFile
 from model import GPT, GPTConfig
 
 SIZES = {"block_size": 16, "vocab_size": 21, "n_layer": 2, "n_head": 2, "n_embd": 32}

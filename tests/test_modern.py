@@ -181,19 +181,6 @@ def test_gpt2_stays_gpt2():
     assert modern.collect(0, 0.0, {}, CPU)["model_args"].keys() == names | MODERN.keys()
 
 
-def test_a_growing_batch_reaches_its_size_and_the_tokens_add_up(monkeypatch):
-    for name, value in dict(batch_size=4, gradient_accumulation_steps=3, block_size=8).items():
-        monkeypatch.setattr(train, name, value)
-    assert [train.sequences_at(step) for step in (0, 1, 100)] == [12, 12, 12]
-    monkeypatch.setattr(train, "batch_ramp_iters", 6)
-    monkeypatch.setattr(train, "batch_ramp_start", 0.5)
-    assert [train.sequences_at(step) for step in range(8)] == [6, 7, 8, 9, 10, 11, 12, 12]
-    for first in range(9):
-        for last in range(first, 12):
-            tokens = 8 * sum(map(train.sequences_at, range(first, last)))
-            assert train.tokens_between(first, last) == tokens
-
-
 GROWING = [*TINY, *"--gradient_accumulation_steps=2 --batch_ramp_iters=5".split()]
 GROWING += "--batch_ramp_start=0.3 --lr_decay_iters=8 --log_interval=1".split()
 

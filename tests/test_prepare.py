@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED, TEXT
 
-from data.tokens import GPT2, BPETokenizer, make_tokenizer, read_meta
+from data.tokenizer import GPT2, BPETokenizer, make_tokenizer, read_meta
 
 
 @pytest.fixture

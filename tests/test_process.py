@@ -12,7 +12,8 @@ from conftest import ROOT, TINY
 
 import sample
 import train
-from data.tokens import char_meta, write_dataset
+from data.tokenizer import char_meta
+from data.tokens import write_dataset
 from engine.process import UserError, atomic, explain, link, one_line_errors, user_error
 
 

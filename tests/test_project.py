@@ -14,8 +14,8 @@ import configurator
 import sample
 import train
 
-BUDGETS = {"train.py": 270, "model.py": 240, "sample.py": 90, "bench.py": 130}
-BUDGETS |= {"configurator.py": 120, "data/tokens.py": 160}
+BUDGETS = {"train.py": 240, "model.py": 240, "sample.py": 90, "bench.py": 130}
+BUDGETS |= {"configurator.py": 120, "data/tokens.py": 160, "data/tokenizer.py": 100}
 for pattern, most in ("engine/*", 150), ("tools/*", 120), ("data/*/prepare", 60), ("config/*", 30):
     BUDGETS |= {str(path.relative_to(ROOT)): most for path in ROOT.glob(f"{pattern}.py")}
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -49,15 +49,17 @@ def test_the_root_holds_the_five_scripts_and_no_other_code():
 # --- who may import whom -------------------------------------------------------------------------
 
 OURS = "model", "train", "sample", "bench", "configurator", "data", "engine", "tools", "docs"
+DATA = "data.tokens", "data.tokenizer"
 FLOORS = {
     "engine": {"engine"},
     "model.py": {"engine.huggingface", "engine.muon"},  # within functions
     "configurator.py": set(),
-    "data/tokens.py": {"engine.process"},
+    "data/tokenizer.py": {"engine.process"},
+    "data/tokens.py": {"engine.process", "data.tokenizer"},
     "data/": {"configurator", "data", "engine.process"},
-    "train.py": {"model", "configurator", "data.tokens", "engine"},
-    "sample.py": {"model", "configurator", "data.tokens", "engine"},
-    "bench.py": {"train", "model", "configurator", "data.tokens", "engine"},
+    "train.py": {"model", "configurator", *DATA, "engine"},
+    "sample.py": {"model", "configurator", *DATA, "engine"},
+    "bench.py": {"train", "model", "configurator", *DATA, "engine"},
     "config/": set(),
 }
 

@@ -6,7 +6,8 @@ from conftest import TEXT, TINY
 
 import sample
 import train
-from data.tokens import char_meta, write_dataset
+from data.tokenizer import char_meta
+from data.tokens import write_dataset
 
 
 @pytest.fixture

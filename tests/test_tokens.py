@@ -9,18 +9,8 @@ import pytest
 import torch
 from conftest import TEXT
 
-from data.tokens import (
-    GPT2,
-    Batches,
-    BPETokenizer,
-    CharTokenizer,
-    TokenFile,
-    char_meta,
-    make_tokenizer,
-    read_meta,
-    send,
-    write_dataset,
-)
+from data.tokenizer import GPT2, BPETokenizer, CharTokenizer, char_meta, make_tokenizer, read_meta
+from data.tokens import Batches, TokenFile, send, write_dataset
 from engine.process import UserError, atomic
 from engine.runtime import Runtime
 
@@ -110,25 +100,26 @@ def test_windows_to_evaluate_on_are_all_or_evenly_spaced(tmp_path):
 # --- batches -------------------------------------------------------------------------------------
 
 
-def steadily(sequences):
-    return lambda step: sequences
+def draw_from(tokens, runtime=CPU, batch_size=4, **given):
+    config = dict(batch_size=batch_size, gradient_accumulation_steps=12 // batch_size)
+    config |= dict(block_size=4, seed=1337, batch_ramp_iters=0, batch_ramp_start=0.5)
+    return Batches(tokens, config | given, runtime)
 
 
-def growing(step):
-    return min(12, 4 + step)
+GROWING = dict(batch_ramp_iters=8, batch_ramp_start=1 / 3)  # 4, 5, ... 12, 12 sequences
 
 
 def test_a_step_reads_the_same_sequences_whoever_asks_when(tmp_path):
     tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
-    straight = Batches(tokens, steadily(12), 4, 4, 1337, CPU)
+    straight = draw_from(tokens)
     expected = [torch.cat(straight(step)).tolist() for step in range(6)]
-    again = Batches(tokens, steadily(12), 4, 4, 1337, CPU)
+    again = draw_from(tokens)
     for step in (5, 2, 2, 3):
         assert torch.cat(again(step)).tolist() == expected[step]
-    other = Batches(tokens, steadily(12), 4, 4, 1338, CPU)
+    other = draw_from(tokens, seed=1338)
     assert torch.cat(other(0)).tolist() != expected[0] != expected[1]
     for world_size in (2, 3, 4):
-        shares = [Batches(tokens, steadily(12), 4, 4, 1337, run)(5) for run in ranks(world_size)]
+        shares = [draw_from(tokens, run)(5) for run in ranks(world_size)]
         assert torch.cat([torch.cat(share) for share in shares]).tolist() == expected[5]
         assert len({sum(map(len, share)) for share in shares}) == 1
         assert max(len(micro_batch) for share in shares for micro_batch in share) <= 4
@@ -138,29 +129,41 @@ def test_no_micro_batch_is_empty_where_it_holds_one_sequence(tmp_path):
     tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
     for step in range(10):
         for run in ranks(4):
-            share = Batches(tokens, growing, 1, 4, 1337, run)(step)
+            share = draw_from(tokens, run, 1, **GROWING)(step)
             assert set(map(len, share)) <= {1, 2}
 
 
 @pytest.mark.parametrize("step", range(10))
 def test_a_growing_step_is_shared_within_one_and_in_as_many_micro_batches(tmp_path, step):
     tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
-    expected = torch.cat(Batches(tokens, growing, 3, 4, 1337, CPU)(step)).tolist()
-    assert len(expected) == growing(step)
+    expected = torch.cat(draw_from(tokens, CPU, 3, **GROWING)(step)).tolist()
+    assert len(expected) == min(12, 4 + step)
     for world_size in (2, 3, 4):
-        shares = [Batches(tokens, growing, 3, 4, 1337, run)(step) for run in ranks(world_size)]
+        shares = [draw_from(tokens, run, 3, **GROWING)(step) for run in ranks(world_size)]
         assert torch.cat([torch.cat(share) for share in shares]).tolist() == expected
         assert len({len(share) for share in shares}) == 1
         assert {1, 2, 3} >= {len(micro_batch) for share in shares for micro_batch in share}
         sizes = [sum(map(len, share)) for share in shares]
         assert max(sizes) - min(sizes) <= 1
     with pytest.raises(UserError, match="divide among 1, 2, 3, 4 processes, not among 6"):
-        Batches(tokens, growing, 3, 4, 1337, ranks(6)[0])
+        draw_from(tokens, ranks(6)[0], 3, **GROWING)
+
+
+def test_a_growing_step_reaches_its_size_and_the_tokens_add_up(tmp_path):
+    tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
+    steady = draw_from(tokens)
+    assert [steady.sequences_at(step) for step in (0, 1, 100)] == [12, 12, 12]
+    growing = draw_from(tokens, batch_ramp_iters=6)
+    assert [growing.sequences_at(step) for step in range(8)] == [6, 7, 8, 9, 10, 11, 12, 12]
+    for first in range(9):
+        for last in range(first, 12):
+            expected = 4 * sum(map(growing.sequences_at, range(first, last)))
+            assert growing.tokens_between(first, last) == expected
 
 
 def test_windows_are_runs_of_the_file_and_every_start_occurs(tmp_path):
     tokens = token_file(tmp_path / "train.bin", np.arange(20))
-    batches = Batches(tokens, steadily(8), 8, 4, 0, CPU)
+    batches = draw_from(tokens, CPU, 8)
     rows = torch.cat([torch.cat(batches(step)) for step in range(50)])
     assert rows.dtype == torch.int16 and rows.shape == (400, 5)  # as on disk
     assert (rows == rows[:, :1] + torch.arange(5)).all()
@@ -181,7 +184,7 @@ def test_memory_does_not_grow_with_the_steps_on_a_large_file(tmp_path):
     with open(tmp_path / "train.bin", "wb") as file:
         file.truncate(2**29)
     tokens = TokenFile(tmp_path / "train.bin", META, 1024)
-    batches = Batches(tokens, steadily(128), 16, 1024, 0, CPU)
+    batches = draw_from(tokens, CPU, 16, gradient_accumulation_steps=8, block_size=1024)
 
     def resident():
         with open("/proc/self/statm") as file:

@@ -8,7 +8,8 @@ import torch
 from conftest import ROOT, TINY, assert_equal, load, log, losses, save_pretrained
 
 import train
-from data.tokens import TokenFile, read_meta, write_dataset
+from data.tokenizer import read_meta
+from data.tokens import TokenFile, write_dataset
 from engine import fast
 from model import GPT, GPTConfig
 

@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
-from data.tokens import GPT2, BPETokenizer, write_dataset  # noqa: E402
+from data.tokenizer import GPT2, BPETokenizer  # noqa: E402
+from data.tokens import write_dataset  # noqa: E402
 from engine.process import UserError, one_line_errors, user_path  # noqa: E402
 
 # Input
@@ -44,16 +45,17 @@ def load_documents():
         if len(found) != 1 or None in found:
             raise UserError(f"--input={input}: give .parquet, .jsonl or .txt files of one kind")
         files, kind = sorted(map(str, files)), found.pop()
-    name = input or HUB
     options = {"sample_by": "document"} if kind == "text" else {}
     try:
         documents = datasets.load_dataset(kind, data_files=files, split="train", **options)
     except Exception as fault:  # no network, a broken file: all sorts
         fault = fault.__cause__ or fault
         reason = f"{type(fault).__name__}: {fault}".splitlines()[0]
-        raise UserError(f"cannot read {name} ({reason}); offline, give --input=PATH") from None
+        raise UserError(
+            f"cannot read {input or HUB} ({reason}); offline, give --input=PATH"
+        ) from None
     if getattr(documents.features.get("text"), "dtype", "") not in ("string", "large_string"):
-        raise UserError(f"{name} has no column `text` of strings but {documents.features}")
+        raise UserError(f"{input or HUB} has no column `text` of strings but {documents.features}")
     if input is None and len(documents) != DOCUMENTS:
         raise UserError(f"the hub gave {len(documents):,} documents of {DOCUMENTS:,}; try later")
     return documents if limit is None else documents.select(range(min(limit, len(documents))))

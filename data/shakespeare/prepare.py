@@ -10,7 +10,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
 from data.shakespeare_char.prepare import read_corpus  # noqa: E402
-from data.tokens import GPT2, BPETokenizer, write_dataset  # noqa: E402
+from data.tokenizer import GPT2, BPETokenizer  # noqa: E402
+from data.tokens import write_dataset  # noqa: E402
 from engine.process import one_line_errors  # noqa: E402
 
 # Input

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
-from data.tokens import CharTokenizer, char_meta, write_dataset  # noqa: E402
+from data.tokenizer import CharTokenizer, char_meta  # noqa: E402
+from data.tokens import write_dataset  # noqa: E402
 from engine.process import UserError, one_line_errors, user_path  # noqa: E402
 
 # Input

@@ -15,7 +15,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
-from data.tokens import GPT2, char_meta, make_tokenizer, write_dataset  # noqa: E402
+from data.tokenizer import GPT2, char_meta, make_tokenizer  # noqa: E402
+from data.tokens import write_dataset  # noqa: E402
 from engine.process import UserError, one_line_errors, user_error, user_path  # noqa: E402
 
 # Input
@@ -81,8 +82,7 @@ def main(config):
     count, characters = 0, set()
     for text, _ in pieces(paths):
         count += len(text)
-        if tokenizer == "char":
-            characters.update(text)
+        characters.update(text)
     print(f"{len(paths)} files, {count:,} characters")
     meta = char_meta(characters) if tokenizer == "char" else {**GPT2, "tokenizer": tokenizer}
     encoder, cut = make_tokenizer(meta), int((1 - val_fraction) * count)
