@@ -9,6 +9,8 @@ https://kellerjordan.github.io/posts/muon.
 import math
 
 import torch
+import torch.distributed as dist
+import torch.nn.functional as F
 
 from engine.runtime import shard_like, unshard
 
@@ -38,15 +40,31 @@ def orthogonalize(matrices):
     return x
 
 
+def orthogonalize_shares(matrices):
+    """Return what orthogonalize() makes of `matrices`, of which each rank computes a share."""
+    if not dist.is_initialized():
+        return orthogonalize(matrices)
+    share = -(-len(matrices) // dist.get_world_size())  # rounded up
+    mine = matrices[dist.get_rank() * share :][:share]
+    mine = F.pad(mine, (0, 0, 0, 0, 0, share - len(mine)))  # the last ranks may have fewer
+    mine = orthogonalize(mine)
+    everyones = mine.new_empty(share * dist.get_world_size(), *mine.shape[1:])
+    dist.all_gather_into_tensor(everyones, mine)
+    return everyones[: len(matrices)]
+
+
 def orthogonalize_all(matrices):
-    """Return a list of what orthogonalize() makes of matrices of any shapes, a batch per shape."""
+    """Return a list of what orthogonalize() makes of matrices of any shapes, a batch per shape.
+
+    Every rank must call it.
+    """
     batches = {}
     for index, matrix in enumerate(matrices):
         wide = matrix if matrix.size(0) <= matrix.size(1) else matrix.mT
         batches.setdefault(wide.shape, {})[index] = wide
     results = [None] * len(matrices)
     for batch in batches.values():
-        batch_results = orthogonalize(torch.stack(list(batch.values())))
+        batch_results = orthogonalize_shares(torch.stack(list(batch.values())))
         for index, result in zip(batch, batch_results, strict=True):
             results[index] = result if result.shape == matrices[index].shape else result.mT
     return results

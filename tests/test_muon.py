@@ -127,14 +127,14 @@ def test_another_optimizer_cannot_take_over(launch, tiny):
 
 
 @slow
-@pytest.mark.parametrize("sharded", [False, True])
-def test_2_processes_equal_1_and_resume_exactly(launch, finish, tiny, sharded):
-    options = [*MUON, "--dropout=0", "--gradient_accumulation_steps=2"]
+@pytest.mark.parametrize("processes, sharded", [(2, True), (3, False)])
+def test_some_processes_equal_1_and_resume_exactly(launch, finish, tiny, processes, sharded):
+    options = [*MUON, "--dropout=0", f"--gradient_accumulation_steps={processes}"]
     shard = f"--fsdp={sharded}"
     launch(train, *options, "--max_iters=8", "--out_dir=one")
-    finish(*options, "--max_iters=8", shard, "--out_dir=straight", processes=2)
-    finish(*options, "--max_iters=4", shard, "--out_dir=two", processes=2)
-    finish("--init_from=resume", "--out_dir=two", "--max_iters=8", processes=2)
+    finish(*options, "--max_iters=8", shard, "--out_dir=straight", processes=processes)
+    finish(*options, "--max_iters=4", shard, "--out_dir=two", processes=processes)
+    finish("--init_from=resume", "--out_dir=two", "--max_iters=8", processes=processes)
     assert losses("one") == pytest.approx(losses("straight"), rel=1e-5)
     assert_equal(load("one/ckpt.pt"), load("straight/ckpt.pt"), atol=1e-4, rtol=0)
     assert_equal(load("straight/ckpt.pt"), load("two/ckpt.pt"))
