@@ -118,8 +118,8 @@ def check_settings(config):
         faults.append(f"n_embd={n_embd} is no multiple of n_head={n_head}")
     if not faults and position == "rotary" and n_embd // n_head % 2:
         faults.append(f"position=rotary needs an even n_embd / n_head, not {n_embd // n_head}")
-    shape = position, rms_norm, tied
-    if init_from not in ("scratch", "resume") and shape != ("learned", False, True):
+    is_gpt2 = position == "learned" and not rms_norm and tied
+    if init_from not in ("scratch", "resume") and not is_gpt2:
         faults.append(
             f"init_from={init_from}: its weights want GPT-2's shape; leave --position, --rms_norm "
             f"and --tied out"
@@ -197,14 +197,18 @@ def prepare_model(state, batches, runtime):
     """Return state.model ready to train: averaging over ranks, compiled where that works."""
     model = wrap(state.model, runtime)
 
-    def try_out():
-        """Run a forward and backward pass that change nothing: the compiler works at the first."""
+    def try_out(average):
+        """Run a forward and backward pass that change nothing; `average` the gradients or not."""
         tokens = send(batches(state.step)[0], runtime.device)
-        model.require_backward_grad_sync = False  # the compiler of one rank may fail
-        model(tokens[:, :-1], tokens[:, 1:], loss_only=True).backward()
+        model.require_backward_grad_sync = average
+        with runtime.autocast():
+            model(tokens[:, :-1], tokens[:, 1:], loss_only=True).backward()
         model.zero_grad(set_to_none=True)
 
-    compile_model(state.model, runtime, try_out)
+    # The compiler works at the first pass, and may fail on one rank: the others must not wait.
+    compile_model(state.model, runtime, lambda: try_out(average=False))
+    if runtime.world_size > 1:
+        try_out(average=True)  # now DDP orders its sums for good, after a resume as at the start
     return model
 
 
@@ -230,9 +234,7 @@ def learning_rate_at(step):
     lowest, last = lowest_rate(), last_decay_step()
     begin = warmup_iters + constant_share * (last - warmup_iters)
     progress = min(1, max(0, step - begin) / (last - begin))
-    left = 1 - progress
-    if lr_schedule == "cosine":
-        left = (1 + math.cos(math.pi * progress)) / 2
+    left = (1 + math.cos(math.pi * progress)) / 2 if lr_schedule == "cosine" else 1 - progress
     return lowest + (learning_rate - lowest) * left
 
 
@@ -284,10 +286,9 @@ def evaluate(model, data, runtime):
     losses = {}
     for split, tokens in data.items():
         starts = tokens.evenly_spaced(block_size, most=eval_iters * batch_size)
-        count = len(starts)
         together = batch_size * runtime.world_size  # windows that all ranks take at once
         sums = []
-        for first in range(0, count, together):
+        for first in range(0, len(starts), together):
             mine = starts[first + runtime.rank : first + together : runtime.world_size]
             # A rank with no window left runs one that counts 0 times: a sharded model needs all.
             ids = tokens.windows(mine if len(mine) else starts[:1], block_size + 1)
@@ -295,7 +296,7 @@ def evaluate(model, data, runtime):
             with runtime.autocast():
                 loss = model(ids[:, :-1], ids[:, 1:], loss_only=True)
             sums.append(loss * len(mine))
-        losses[split] = runtime.reduce("sum", sum(loss.item() for loss in sums)) / count
+        losses[split] = runtime.reduce("sum", sum(loss.item() for loss in sums)) / len(starts)
     model.train()
     return losses
 
@@ -321,8 +322,7 @@ def load_checkpoint(config):
 def describe(changes, state, data, batches, log):
     """Print which settings have changed, and what will run."""
     log.runtime.say("\n".join(changes))
-    sizes = {split: len(tokens.ids) for split, tokens in data.items()}
-    log.describe(dataset, sizes, state.step, batches.tokens_between)
+    log.describe(dataset, data, state.step, batches.tokens_between)
     if decay_lr and last_decay_step() > max_iters:
         log.runtime.say(
             f"schedule: it ends at {learning_rate_at(max_iters):.2g}, not at min_lr, because "

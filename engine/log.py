@@ -79,16 +79,16 @@ class Log:
             if len(self.waiting) == 1:
                 self.runtime.say(f"{self.path} waits: {fault.strerror}; its lines are kept")
 
-    def describe(self, data, sizes, step, tokens_between):
-        """Print what will run from `step` on, on `data`, a name, with splits of `sizes` tokens.
+    def describe(self, dataset, data, step, tokens_between):
+        """Print what will run from `step` on: on which dataset, whose splits are `data`.
 
         tokens_between is that of `step` below.
         """
         model, say = self.model, self.runtime.say
-        tokens = ", ".join(f"{split} {size:,}" for split, size in sizes.items())
+        sizes = ", ".join(f"{split} {len(tokens.ids):,}" for split, tokens in data.items())
         millions, megaflops = model.get_num_params() / 1e6, model.flops_per_token() / 1e6
         say(f"hardware: {self.runtime.about}")
-        say(f"data: {data}, {tokens} tokens, vocabulary {model.config.vocab_size:,}")
+        say(f"data: {dataset}, {sizes} tokens, vocabulary {model.config.vocab_size:,}")
         say(f"model: {millions:.2f}M parameters, {megaflops:,.0f} MFLOPs per token")
         first, last = (tokens_between(n, n + 1) for n in (step, self.max_iters))
         each = f"{first:,} to {last:,}" if first < last else f"{last:,}"

@@ -46,14 +46,20 @@ def test_stopping_and_resuming_equals_going_on(launch, tiny, dtype, compiled):
     assert load("resumed/ckpt.pt")["iter_num"] == 8
 
 
+# From 3 summands on their order matters.
+TOGETHER = [*product(("float32", "bfloat16"), (False, True), (2,)), ("float32", False, 3)]
+
+
 @slow
-@pytest.mark.parametrize("dtype, compiled", [*product(("float32", "bfloat16"), (False, True))])
-def test_stopping_and_resuming_equals_going_on_with_2_processes(finish, tiny, dtype, compiled):
+@pytest.mark.parametrize("dtype, compiled, processes", TOGETHER)
+def test_so_it_does_with_several_processes(finish, tiny, dtype, compiled, processes):
     options = *FULL, f"--dtype={dtype}", f"--compile={compiled}"
-    finish(*options, "--max_iters=8", "--out_dir=straight", "--eval_interval=8", processes=2)
-    finish(*options, "--max_iters=4", "--out_dir=resumed", "--eval_interval=3", processes=2)
+    options += (f"--gradient_accumulation_steps={2 * processes}",)
+    together = {"processes": processes}
+    finish(*options, "--max_iters=8", "--out_dir=straight", "--eval_interval=8", **together)
+    finish(*options, "--max_iters=4", "--out_dir=resumed", "--eval_interval=3", **together)
     on = "--init_from=resume", "--out_dir=resumed", "--max_iters=8", "--eval_interval=2"
-    finish(*on, processes=2)
+    finish(*on, **together)
     assert_same_runs("straight", "resumed")
 
 
