@@ -322,7 +322,7 @@ def load_checkpoint(config):
 def describe(changes, state, data, batches, log):
     """Print which settings have changed, and what will run."""
     log.runtime.say("\n".join(changes))
-    log.describe(dataset, data, state.step, batches.tokens_between)
+    log.describe(dataset, data, state.step, batches.tokens_until)
     if decay_lr and last_decay_step() > max_iters:
         log.runtime.say(
             f"schedule: it ends at {learning_rate_at(max_iters):.2g}, not at min_lr, because "
@@ -368,7 +368,7 @@ def main(config):
         health.add(step, loss, grad_norm, log)
 
         if step % log_interval == 0:
-            log.step(step, loss, grad_norm, learning_rate_at(step), batches.tokens_between, timer)
+            log.step(step, loss, grad_norm, learning_rate_at(step), batches.tokens_until, timer)
             health.bad_steps.check(step, keeper)
         else:
             log.progress(step)

@@ -11,6 +11,7 @@ import mmap
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -132,6 +133,8 @@ class Batches:
         self.tokens, self.config, self.runtime = tokens, config, runtime
         self.batch_size, self.block_size = config["batch_size"], config["block_size"]
         self.sequences = self.batch_size * config["gradient_accumulation_steps"]  # when all grown
+        ramp = range(min(config["batch_ramp_iters"], config["max_iters"] + 1))
+        self.growing = [0, *accumulate(map(self.sequences_at, ramp))]  # sequences before each step
         world_size, first, most = runtime.world_size, self.sequences_at(0), self.sequences
         fits = [n for n in range(1, min(2 * world_size, first + 1)) if most % n == 0]
         if world_size not in fits:
@@ -153,12 +156,10 @@ class Batches:
         first = start * self.sequences
         return max(1, math.ceil(first + (self.sequences - first) * step / ramp))
 
-    def tokens_between(self, first, last):
-        """Return the number of tokens of the steps from `first` up to `last`, over all ranks."""
-        growing = range(first, min(last, self.config["batch_ramp_iters"]))
-        sequences = sum(map(self.sequences_at, growing))
-        sequences += (last - first - len(growing)) * self.sequences
-        return sequences * self.block_size
+    def tokens_until(self, step):
+        """Return the number of tokens of all steps before `step`, over all ranks."""
+        grown = min(step, len(self.growing) - 1)
+        return (self.growing[grown] + (step - grown) * self.sequences) * self.block_size
 
     def __call__(self, step):
         """Return this rank's micro-batches of `step`, each (<= batch_size, block_size + 1) ids."""

@@ -79,10 +79,10 @@ class Log:
             if len(self.waiting) == 1:
                 self.runtime.say(f"{self.path} waits: {fault.strerror}; its lines are kept")
 
-    def describe(self, dataset, data, step, tokens_between):
+    def describe(self, dataset, data, step, tokens_until):
         """Print what will run from `step` on: on which dataset, whose splits are `data`.
 
-        tokens_between is that of `step` below.
+        tokens_until(step) is the number of tokens of all steps before `step`, over all ranks.
         """
         model, say = self.model, self.runtime.say
         sizes = ", ".join(f"{split} {len(tokens.ids):,}" for split, tokens in data.items())
@@ -90,7 +90,7 @@ class Log:
         say(f"hardware: {self.runtime.about}")
         say(f"data: {dataset}, {sizes} tokens, vocabulary {model.config.vocab_size:,}")
         say(f"model: {millions:.2f}M parameters, {megaflops:,.0f} MFLOPs per token")
-        first, last = (tokens_between(n, n + 1) for n in (step, self.max_iters))
+        first, last = (tokens_until(n + 1) - tokens_until(n) for n in (step, self.max_iters))
         each = f"{first:,} to {last:,}" if first < last else f"{last:,}"
         say(f"steps: {step} to {self.max_iters}, of {each} tokens each")
 
@@ -102,21 +102,22 @@ class Log:
         self.runtime.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}")
         self.record({"iter": step, "train/loss": train, "val/loss": val})
 
-    def step(self, step, loss, grad_norm, lr, tokens_between, timer):
+    def step(self, step, loss, grad_norm, lr, tokens_until, timer):
         """Print and record the figures of `step`, and how fast those since the last call were.
 
-        tokens_between(first, last) is the number of tokens of the steps from `first` up to `last`.
-        Every rank must call it: the loss is the mean over all of them. Syncs the device.
+        tokens_until as above. Every rank must call it: the loss is the mean over all of them. Syncs
+        the device.
         """
         begun, world_size = timer.step, self.runtime.world_size
         seconds = timer.lap(step + 1)
-        tokens = tokens_between(begun, step + 1) / (step + 1 - begun)  # per step
+        tokens = (tokens_until(step + 1) - tokens_until(begun)) / (step + 1 - begun)  # per step
         loss = self.runtime.reduce("sum", loss.item()) / world_size
         grad_norm = grad_norm.item()
         peak_flops, rate = self.runtime.peak_flops(), tokens / seconds
         mfu = self.model.estimate_mfu(tokens / world_size, seconds, peak_flops)
         speed = f"{rate:,.0f} tok/s, mfu {mfu:.2%}" if mfu else f"{rate:,.0f} tok/s"
-        left = timedelta(seconds=round(tokens_between(step + 1, self.max_iters) / rate))
+        to_come = tokens_until(self.max_iters) - tokens_until(step + 1)
+        left = timedelta(seconds=round(to_come / rate))
         self.runtime.say(
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}, "
             f"norm {grad_norm:.2f}, {left} left"
