@@ -319,10 +319,10 @@ def load_checkpoint(config):
     return saved, lines
 
 
-def describe(changes, state, data, batches, log):
+def describe(changes, state, data, batches, config, log):
     """Print which settings have changed, and what will run."""
     log.runtime.say("\n".join(changes))
-    log.describe(dataset, data, state.step, batches.tokens_until)
+    log.describe(config, data, state.step, batches.tokens_until)
     if decay_lr and last_decay_step() > max_iters:
         log.runtime.say(
             f"schedule: it ends at {learning_rate_at(max_iters):.2g}, not at min_lr, because "
@@ -347,7 +347,7 @@ def main(config):
     model = prepare_model(state, batches, runtime)
     keeper, log = take_folder(saved, state, config, runtime)
     del saved  # and with it the mapping of its file
-    describe(changes, state, data, batches, log)
+    describe(changes, state, data, batches, config, log)
     timer, health = StepTimer(state.step, runtime), Health(state, config, runtime)
 
     for step in range(state.step, max(state.step, max_iters) + 1):

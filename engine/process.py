@@ -85,7 +85,8 @@ def explain(fault, config):
     phrases = "can't allocate memory", "MPS backend out of memory"
     named = type(fault).__name__ in ("OutOfMemoryError", "MemoryError")  # CUDA's, Python's
     if named or any(phrase in text for phrase in phrases):
-        return f"out of memory: {memory_advice(config)}"
+        taken = getattr(config, "memory", "")  # of engine/size.py, once the model is built
+        return f"out of memory: {taken}{'; ' if taken else ''}{memory_advice(config)}"
     if text.startswith("Error(s) in loading state_dict"):
         return f"the weights do not fit the model: {' '.join(text.split())[:300]}"
     kinds = {kind.__name__ for kind in type(fault).__mro__}

@@ -74,7 +74,7 @@ def launch(capsys, monkeypatch):
 
     def run(script, *arguments):
         monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, arguments)])
-        others = [vars(train)] if script.__name__ == "bench" else []
+        others = [vars(train)] if script.__name__ in ("bench", "tools.size") else []
         capsys.readouterr()
         try:
             script.main(configure(vars(script), *others))

@@ -21,6 +21,7 @@ FULL = [*TINY, "--lr_decay_iters=8", "--dropout=0.2", "--gradient_accumulation_s
 
 def test_the_schedule_at_its_corners(monkeypatch):
     given = {"learning_rate": 1.0, "min_lr": 0.1, "warmup_iters": 10, "lr_decay_iters": 110}
+    given |= {"lr_schedule": "cosine", "constant_share": 0.0, "decay_lr": True}
     for name, value in given.items():
         monkeypatch.setattr(train, name, value)
     rates = {step: train.learning_rate_at(step) for step in (0, 9, 10, 60, 110, 500)}
