@@ -1,5 +1,6 @@
 """How a process behaves towards its user and its disk: errors, signals, files, the terminal."""
 
+import importlib
 import os
 import shutil
 import signal
@@ -39,6 +40,14 @@ def reason(fault):
         return fault.strerror
     text = f"{type(fault).__name__}: {fault}".splitlines()[0].partition(". ")[0]
     return text.removeprefix("ValueError: ")
+
+
+def import_extra(module, extra):
+    """Return the module, which an extra of the project installs; UserError where it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        raise UserError(f"this needs {module}: pip install -e '.[{extra}]'") from None
 
 
 at_end = []  # functions that undo what main() did to the process

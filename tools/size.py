@@ -19,7 +19,13 @@ import train  # noqa: E402
 from configurator import configure  # noqa: E402
 from data.tokenizer import GPT2, read_meta  # noqa: E402
 from data.tokens import id_dtype  # noqa: E402
-from engine.process import UserError, one_line_errors, user_error, user_path  # noqa: E402
+from engine.process import (  # noqa: E402
+    UserError,
+    import_extra,
+    one_line_errors,
+    user_error,
+    user_path,
+)
 from engine.runtime import PEAKS  # noqa: E402
 from engine.size import (  # noqa: E402
     LAWS,
@@ -148,10 +154,7 @@ def print_laws(model, seen):
 
 def draw_laws(model, seen, path):
     """Draw predicted losses against the number of parameters, at this compute and around it."""
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError:
-        raise UserError("--picture needs matplotlib: pip install -e '.[plot]'") from None
+    plt = import_extra("matplotlib.pyplot", "plot")
     count = model.get_num_params()
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
     for law, color in zip(LAWS, ("tab:orange", "tab:blue"), strict=True):
