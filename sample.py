@@ -48,14 +48,18 @@ RANGES = {  # setting -> the least, and what it must stay below
 ROOT = Path(__file__).resolve().parent
 
 
-def load(runtime):
-    """Return the model and the tokenizer that `init_from` names."""
+def load(init_from, out_dir, checkpoint_file, device):
+    """Return the model that these settings name, its tokenizer, and the dataset of its training."""
     if init_from != "resume":
-        return GPT.from_pretrained(init_from, device=runtime.device), make_tokenizer(GPT2)
+        return GPT.from_pretrained(init_from, device=device), make_tokenizer(GPT2), "openwebtext"
     saved = find_checkpoint(user_path(out_dir), checkpoint_file)
-    model = GPT.from_state(model_config(GPTConfig, saved), saved["model"], runtime.device)
-    folder = ROOT / "data" / str(saved["config"].get("dataset"))  # all that nanoGPT's files name
-    return model, make_tokenizer(saved.get("tokenizer") or read_meta(folder))
+    dataset = str(saved["config"].get("dataset"))  # all that nanoGPT's files name
+    meta = saved.get("tokenizer") or read_meta(ROOT / "data" / dataset)
+    return (
+        GPT.from_state(model_config(GPTConfig, saved), saved["model"], device),
+        make_tokenizer(meta),
+        dataset,
+    )
 
 
 def read_prompt(tokenizer, block_size):
@@ -102,7 +106,7 @@ class Sample:
 @one_line_errors
 def main(config):
     runtime = start_runtime(device, dtype, False if compile == "auto" else compile)
-    model, tokenizer = load(runtime)
+    model, tokenizer, _ = load(init_from, out_dir, checkpoint_file, runtime.device)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens, "

@@ -48,7 +48,7 @@ class CharTokenizer:
     """One id per character, as the tables of `meta` say. UserError if they disagree."""
 
     def __init__(self, meta):
-        self.stoi, self.itos = meta["stoi"], meta["itos"]
+        self.meta, self.stoi, self.itos = meta, meta["stoi"], meta["itos"]
         self.vocab_size, self.eot = meta["vocab_size"], None  # no end-of-text token
         self.opening = self.stoi.get("\n", 0)  # what an empty prompt begins with
         inverse = {i: c for c, i in self.stoi.items() if isinstance(c, str)}
@@ -83,7 +83,7 @@ class BPETokenizer:
                 f"folder that tiktoken filled elsewhere"
             ) from None
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
-        self.opening = self.eot
+        self.meta, self.opening = meta, self.eot
 
     def encode(self, text):
         return self.encoding.encode(text, allowed_special={"<|endoftext|>"}, disallowed_special=())
