@@ -267,14 +267,14 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name, dropout=0.0, device="cpu"):
-        """Return GPT-2 or a model of its shape, from the Hugging Face hub or a local folder.
+        """Return GPT-2, or a model that a GPT can be, from the Hugging Face hub or a local folder.
 
         `name`: gpt2, gpt2-medium, gpt2-large, gpt2-xl, another hub name, or a folder that holds
         config.json and the weights. Raises ValueError if it cannot be had or has another shape.
         """
-        from engine.huggingface import load_gpt2
+        from engine.huggingface import load_pretrained
 
-        fields, state = load_gpt2(name)
+        fields, state = load_pretrained(name)
         return cls.from_state(GPTConfig(**fields, dropout=dropout), state, device)
 
     # --- generation ------------------------------------------------------------------------------

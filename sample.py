@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from configurator import configure
-from data.tokenizer import GPT2, make_tokenizer, read_meta
+from data.tokenizer import make_tokenizer, read_meta
 from engine.checkpoint import find_checkpoint, model_config
 from engine.fast import use_fast_parts
 from engine.process import UserError, one_line_errors, user_error, user_path
@@ -51,7 +51,11 @@ ROOT = Path(__file__).resolve().parent
 def load(init_from, out_dir, checkpoint_file, device):
     """Return the model that these settings name, its tokenizer, and the dataset of its training."""
     if init_from != "resume":
-        return GPT.from_pretrained(init_from, device=device), make_tokenizer(GPT2), "openwebtext"
+        return (
+            GPT.from_pretrained(init_from, device=device),
+            make_tokenizer(read_meta(user_path(init_from))),  # GPT-2's, unless a folder has its own
+            "openwebtext",
+        )
     saved = find_checkpoint(user_path(out_dir), checkpoint_file)
     dataset = str(saved["config"].get("dataset"))  # all that nanoGPT's files name
     meta = saved.get("tokenizer") or read_meta(ROOT / "data" / dataset)

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from configurator import configure, range_faults, take_over
-from data.tokenizer import read_meta
+from data.tokenizer import check_tokenizer, read_meta
 from data.tokens import Batches, TokenFile, check_vocabulary, send
 from engine.checkpoint import State, checkpoint_to_resume, model_config
 from engine.fast import recompute_activations, use_fast_parts
@@ -161,6 +161,7 @@ def build_model(saved, meta, config, device):
     else:
         if init_from.startswith("gpt2"):
             check_vocabulary(dataset, meta, 50257)  # before anything is downloaded
+        check_tokenizer(user_path(init_from), dataset, meta)
         model = GPT.from_pretrained(init_from, dropout, device)
     check_vocabulary(dataset, meta, model.config.vocab_size)
     if block_size > model.config.block_size:

@@ -38,6 +38,12 @@ def read_meta(folder):
         raise UserError(f"{path} describes no dataset ({why}); prepare it again") from None
 
 
+def check_tokenizer(folder, dataset, meta):
+    """Raise UserError if a model in `folder` brings its own meta.pkl, unlike that of a dataset."""
+    if (folder / "meta.pkl").exists() and read_meta(folder) != meta:
+        raise UserError(f"dataset {dataset} is encoded unlike the model in {folder}; give another")
+
+
 def char_meta(characters):
     """Return the meta of a dataset of these characters."""
     itos = dict(enumerate(sorted(set(characters))))

@@ -7,7 +7,7 @@ import torch
 from conftest import save_pretrained
 
 from data.tokenizer import GPT2, BPETokenizer
-from engine.huggingface import load_gpt2
+from engine.huggingface import load_pretrained
 from model import GPT
 
 
@@ -117,23 +117,24 @@ def write_gpt2_tokenizer(folder):
 def test_a_folder_with_gpt2s_own_tokenizer_is_accepted(tmp_path, gpt2_files):
     save_pretrained(tmp_path, vocab_size=50257)
     vocabulary = write_gpt2_tokenizer(tmp_path)
-    assert load_gpt2(str(tmp_path))[0]["vocab_size"] == 50257
+    assert load_pretrained(str(tmp_path))[0]["vocab_size"] == 50257
     vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (tmp_path / "vocab.json").write_text(json.dumps(vocabulary), encoding="utf-8")
     with pytest.raises(ValueError, match="has a tokenizer of its own"):
-        load_gpt2(str(tmp_path))
+        load_pretrained(str(tmp_path))
 
 
 def test_a_model_that_reads_other_tokens_is_refused(tmp_path):
     save_pretrained(tmp_path)
-    assert load_gpt2(str(tmp_path))[0]["vocab_size"] == 21  # without one it is taken for GPT-2's
+    config, _ = load_pretrained(str(tmp_path))  # without one it is taken for GPT-2's
+    assert config["vocab_size"] == 21
     write_tokenizer(tmp_path, "abcdefghijklmnopqrstu")
     with pytest.raises(ValueError) as fault:
-        load_gpt2(str(tmp_path))
+        load_pretrained(str(tmp_path))
     advice = "take a model with GPT-2's tokens"
     assert str(fault.value) == f"{tmp_path} has a tokenizer of its own; {advice}"
 
 
 def test_weights_are_contiguous(tmp_path):
     save_pretrained(tmp_path)
-    assert all(tensor.is_contiguous() for tensor in load_gpt2(str(tmp_path))[1].values())
+    assert all(tensor.is_contiguous() for tensor in load_pretrained(str(tmp_path))[1].values())

@@ -1,0 +1,121 @@
+"""Write a trained model for others: a folder for transformers, or a checkpoint to share.
+
+    python tools/export.py --out_dir=out-shakespeare-char --folder=hf
+    python tools/export.py --out_dir=out --folder=hf --dtype=bfloat16
+    python tools/export.py --out_dir=out --checkpoint=model.pt --dtype=bfloat16
+
+The folder holds config.json, generation_config.json, model.safetensors, tokenizer.json and
+tokenizer_config.json, for AutoModelForCausalLM and AutoTokenizer, and no code. A model of GPT-2's
+shape becomes a GPT2LMHeadModel; with rotary positions, rms_norm and a head of its own it becomes a
+NanoChatForCausalLM. train.py and sample.py take it back with --init_from=FOLDER: a meta.pkl beside
+the rest tells them a tokenizer that is not GPT-2's. The checkpoint is a ckpt.pt without the
+optimizer's state; sample.py and tools/evaluate.py read it.
+"""
+
+import dataclasses
+import json
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+import sample  # noqa: E402
+from configurator import configure  # noqa: E402
+from data.tokenizer import GPT2  # noqa: E402
+from engine.checkpoint import find_checkpoint  # noqa: E402
+from engine.huggingface import save_model  # noqa: E402
+from engine.process import (  # noqa: E402
+    UserError,
+    atomic,
+    one_line_errors,
+    user_error,
+    user_path,
+)
+
+# Model
+init_from = "resume"                # resume: the checkpoint in out_dir; or gpt2, gpt2-xl, a folder
+out_dir = "out"                     # folder of the checkpoint
+checkpoint_file: str | None = None  # such as best.pt or last.pt; None: ckpt.pt
+# Output
+folder = ""                         # write a folder for transformers, new or empty
+checkpoint = ""                     # write a checkpoint without the optimizer
+dtype = "float32"                   # of the weights: float32, bfloat16, float16
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def export_folder(path):
+    """Write the model and its tokenizer for transformers to the folder `path`."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"--folder={folder} holds something already; give a new one")
+    model, tokenizer, _ = sample.load(init_from, out_dir, checkpoint_file, torch.device("cpu"))
+    shape, size = dataclasses.asdict(model.config), tokenizer.vocab_size
+    if size > model.config.vocab_size:
+        raise UserError(f"the tokenizer has {size} tokens, the model {model.config.vocab_size}")
+    with user_error(path, OSError):
+        save_model(path, shape, model.state_dict(), size, tokenizer.eot, DTYPES[dtype])
+        save_tokenizer(path, tokenizer, model.config.block_size)
+        if tokenizer.meta != GPT2:
+            (path / "meta.pkl").write_bytes(pickle.dumps(tokenizer.meta))
+    print(f"{path}: {', '.join(sorted(each.name for each in path.iterdir()))}")
+
+
+def save_tokenizer(folder, tokenizer, block_size):
+    """Write tokenizer.json and tokenizer_config.json for a tokenizer of data/tokenizer.py."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": block_size}
+    if hasattr(tokenizer, "stoi"):  # characters
+        made = Tokenizer(models.BPE(tokenizer.stoi, merges=[]))
+        made.decoder = decoders.Fuse()  # else decoding puts spaces between them
+    else:
+        encoding = tokenizer.encoding
+        converter = TikTokenConverter()
+        converter.load_tiktoken_bpe = lambda _: encoding._mergeable_ranks
+        vocabulary, merges = converter.extract_vocab_merges_from_model(None)
+        special = encoding._special_tokens
+        made = Tokenizer(models.BPE(vocabulary | special, merges, ignore_merges=True))
+        words = pre_tokenizers.Split(Regex(encoding._pat_str), behavior="isolated")
+        numbers = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        made.pre_tokenizer = pre_tokenizers.Sequence([words, numbers])
+        made.decoder = decoders.ByteLevel()
+        made.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
+        config |= {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
+    config["clean_up_tokenization_spaces"] = False
+    made.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2))
+
+
+def export_checkpoint(path):
+    """Write the checkpoint without the optimizer's state, a third of its size or less."""
+    if init_from != "resume":
+        raise UserError(f"init_from={init_from}: --checkpoint needs one of ours, in --out_dir")
+    saved = find_checkpoint(user_path(out_dir), checkpoint_file)
+    kept = {name: value for name, value in saved.items() if name not in ("optimizer", "scaler")}
+    weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in saved["model"].items()}
+    if saved["model_args"].get("tied", True):  # stored once
+        weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    kept["model"] = weights
+    with user_error(path, OSError), atomic(path) as file:
+        torch.save(kept, file)
+    print(f"{path}: {path.stat().st_size:,} bytes")
+
+
+@one_line_errors
+def main(config):
+    if dtype not in DTYPES:
+        raise UserError(f"dtype={dtype}: choose float32, bfloat16 or float16")
+    if not (folder or checkpoint):
+        raise UserError("give --folder=FOLDER or --checkpoint=FILE to write to")
+    if folder:
+        export_folder(user_path(folder))
+    if checkpoint:
+        export_checkpoint(user_path(checkpoint))
+
+
+if __name__ == "__main__":
+    main(configure(globals()))
