@@ -109,14 +109,14 @@ def memory(model, config, low, world_size=1, cpu=False):
     return sizes
 
 
-def peak(sizes, config):
+def peak(sizes, config, world_size=1):
     """Return how many bytes of `sizes`, of memory(), are held at the fullest moment of a step.
 
     When the last activation is there, the first gradient of a weight is not, unless an earlier
     micro-batch left some.
     """
     gradients = sizes["gradients"]
-    if config["gradient_accumulation_steps"] == 1:
+    if config["gradient_accumulation_steps"] <= world_size:
         moving = sizes["activations"] + sizes["gradients of activations, logits"]
         gradients = max(0, gradients - moving)
     return sum(sizes.values()) - sizes["gradients"] + gradients
@@ -126,7 +126,8 @@ def note_memory(model, config, runtime):
     """Set config.memory to a phrase on what a step takes, and print it where that does not fit."""
     cpu = runtime.device.type == "cpu"
     low = 4 if runtime.dtype == torch.float32 else 2
-    needed = peak(memory(model, config, low, runtime.world_size, cpu), config)
+    world_size = runtime.world_size
+    needed = peak(memory(model, config, low, world_size, cpu), config, world_size)
     available = device_memory(runtime.device)
     has = f"the {runtime.device.type} has {available / 1e9:.2f} GB"
     config.memory = f"a step takes about {needed / 1e9:.2f} GB, {has}"

@@ -112,7 +112,7 @@ def print_memory(model, config, low, available):
         ways["with --fsdp"] = {"fsdp": True}
         ways["with both"] = {"fsdp": True, "activation_checkpointing": True}
     for way, changes in ways.items():
-        most = peak(memory(model, config | changes, low, gpus, gpu == "cpu"), config | changes)
+        most = peak(memory(model, config | changes, low, gpus, gpu == "cpu"), config, gpus)
         fits = f", of {gigabytes(available)}" if most < available else ": DOES NOT FIT"
         print(f"  {'at most, ' + way:34}{gigabytes(most):>18}{fits if available else ''}")
     whole = memory(model, config | {"fsdp": False}, low)
