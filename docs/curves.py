@@ -6,7 +6,6 @@ Trains twice what config/train_stdlib_char.py says. The second run gets `kill -9
 moments and is started again with --auto_resume each time; both log.jsonl must agree in every digit.
 """
 
-import json
 import random
 import shutil
 import subprocess
@@ -17,6 +16,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from tools.plot import Run  # noqa: E402
+
 OPTIONS = "--eval_interval=50 --log_interval=5 --eval_iters=4 --auto_resume=True".split()
 KILLS = 5
 
@@ -24,13 +26,6 @@ KILLS = 5
 def command(folder):
     script, config = ROOT / "train.py", ROOT / "config" / "train_stdlib_char.py"
     return [sys.executable, script, config, *OPTIONS, f"--out_dir={folder}", *sys.argv[1:]]
-
-
-def figures(folder, key):
-    """Return the steps and values of `key` in the log of `folder`."""
-    lines = Path(folder, "log.jsonl").read_text(encoding="utf-8").splitlines()
-    entries = [entry for entry in map(json.loads, lines) if key in entry]
-    return [entry["iter"] for entry in entries], [entry[key] for entry in entries]
 
 
 def train_and_kill(folder, steps):
@@ -68,10 +63,10 @@ def main():
         raise SystemExit("error: first: python data/stdlib_char/prepare.py")
     folder = Path(tempfile.mkdtemp())
     subprocess.run(command(folder / "alone"), check=True)
-    left_alone = figures(folder / "alone", "loss")
+    left_alone = Run(folder / "alone").curve("loss")
     kills = train_and_kill(folder / "killed", left_alone[0][-1])
-    killed = figures(folder / "killed", "loss")
-    evaluations = [figures(folder / name, "val/loss") for name in ("alone", "killed")]
+    killed = Run(folder / "killed").curve("loss")
+    evaluations = [Run(folder / name).curve("val/loss") for name in ("alone", "killed")]
     same = left_alone == killed and evaluations[0] == evaluations[1]
     print(f"killed at steps {kills}; all losses {'equal' if same else 'DIFFER'}")
     draw(left_alone, killed, kills)
