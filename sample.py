@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from configurator import configure
-from data.tokenizer import make_tokenizer, read_meta
+from data.tokenizer import GPT2, check_fits, make_tokenizer, read_meta
 from engine.checkpoint import find_checkpoint, model_config
 from engine.fast import use_fast_parts
 from engine.process import UserError, one_line_errors, user_error, user_path
@@ -49,12 +49,16 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load(init_from, out_dir, checkpoint_file, device):
-    """Return the model that these settings name, its tokenizer, and the dataset of its training."""
+    """Return the model that these settings name, its tokenizer, and the dataset of its training.
+
+    That is "" where it is not known.
+    """
     if init_from != "resume":
+        meta = read_meta(user_path(init_from))  # GPT-2's, unless a folder has its own
         return (
             GPT.from_pretrained(init_from, device=device),
-            make_tokenizer(read_meta(user_path(init_from))),  # GPT-2's, unless a folder has its own
-            "openwebtext",
+            make_tokenizer(meta),
+            "openwebtext" if meta == GPT2 else "",
         )
     saved = find_checkpoint(user_path(out_dir), checkpoint_file)
     dataset = str(saved["config"].get("dataset"))  # all that nanoGPT's files name
@@ -111,11 +115,7 @@ class Sample:
 def main(config):
     runtime = start_runtime(device, dtype, False if compile == "auto" else compile)
     model, tokenizer, _ = load(init_from, out_dir, checkpoint_file, runtime.device)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {tokenizer.vocab_size} tokens, "
-            f"the model {model.config.vocab_size}; prepare its dataset first"
-        )
+    check_fits(tokenizer, model.config.vocab_size)
     prompt, shown = read_prompt(tokenizer, model.config.block_size)
     idx = torch.tensor([prompt] * num_samples, device=runtime.device)
     samples = [Sample(shown) for _ in range(num_samples)]

@@ -15,13 +15,14 @@ import torch
 from configurator import configure, range_faults, take_over
 from data.tokenizer import check_tokenizer, read_meta
 from data.tokens import Batches, TokenFile, check_vocabulary, send
-from engine.checkpoint import State, checkpoint_to_resume, model_config
+from engine.checkpoint import State, check_shape, checkpoint_to_resume, model_config
 from engine.fast import recompute_activations, use_fast_parts
 from engine.folder import check_writable, take_folder
 from engine.health import Health
 from engine.log import StepTimer, finish
 from engine.process import UserError, one_line_errors, user_error, user_path
 from engine.runtime import compile_model, shard, start_runtime, unshard, wrap
+from engine.size import note_memory
 from model import GPT, GPTConfig
 
 # --- settings ------------------------------------------------------------------------------------
@@ -118,12 +119,6 @@ def check_settings(config):
         faults.append(f"n_embd={n_embd} is no multiple of n_head={n_head}")
     if not faults and position == "rotary" and n_embd // n_head % 2:
         faults.append(f"position=rotary needs an even n_embd / n_head, not {n_embd // n_head}")
-    is_gpt2 = position == "learned" and not rms_norm and tied
-    if init_from not in ("scratch", "resume") and not is_gpt2:
-        faults.append(
-            f"init_from={init_from}: its weights want GPT-2's shape; leave --position, --rms_norm "
-            f"and --tied out"
-        )
     if decay_lr and last_decay_step() <= warmup_iters:
         faults.append(
             f"warmup_iters={warmup_iters} leaves no step to decay in before "
@@ -159,10 +154,12 @@ def build_model(saved, meta, config, device):
         shape = {name: config[name] for name in vars(GPTConfig()) if name in config}
         model = GPT(GPTConfig(**shape, vocab_size=meta["vocab_size"])).to(device)
     else:
-        if init_from.startswith("gpt2"):
-            check_vocabulary(dataset, meta, 50257)  # before anything is downloaded
+        if init_from.startswith("gpt2"):  # before anything is downloaded
+            check_shape(init_from, GPTConfig(), config)
+            check_vocabulary(dataset, meta, 50257)
         check_tokenizer(user_path(init_from), dataset, meta)
         model = GPT.from_pretrained(init_from, dropout, device)
+        check_shape(init_from, model.config, config)
     check_vocabulary(dataset, meta, model.config.vocab_size)
     if block_size > model.config.block_size:
         raise UserError(
@@ -188,9 +185,9 @@ def build_state(saved, meta, data, config, runtime):
         weight_decay, learning_rate, (beta1, beta2), runtime.device.type, optimizer
     )
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    digests = {split: tokens.digest() for split, tokens in data.items()}
-    state = State(model, updater, scaler, meta, digests)
+    state = State(model, updater, scaler, meta, {name: data[name].digest() for name in data})
     state.restore(saved, config, runtime)
+    note_memory(model, config, runtime)
     return state
 
 
@@ -202,14 +199,14 @@ def prepare_model(state, batches, runtime):
         """Run a forward and backward pass that change nothing; `average` the gradients or not."""
         tokens = send(batches(state.step)[0], runtime.device)
         model.require_backward_grad_sync = average
-        with runtime.autocast():
-            model(tokens[:, :-1], tokens[:, 1:], loss_only=True).backward()
+        model(tokens[:, :-1], tokens[:, 1:], loss_only=True).backward()
         model.zero_grad(set_to_none=True)
 
     # The compiler works at the first pass, and may fail on one rank: the others must not wait.
     compile_model(state.model, runtime, lambda: try_out(average=False))
-    if runtime.world_size > 1:
-        try_out(average=True)  # now DDP orders its sums for good, after a resume as at the start
+    if model is not state.model and not eval_only:  # DDP orders its sums at the first of them
+        with runtime.autocast():
+            try_out(average=True)  # so that a resume sums as the run that never stopped
     return model
 
 
@@ -292,8 +289,8 @@ def evaluate(model, data, runtime):
         for first in range(0, len(starts), together):
             mine = starts[first + runtime.rank : first + together : runtime.world_size]
             # A rank with no window left runs one that counts 0 times: a sharded model needs all.
-            ids = tokens.windows(mine if len(mine) else starts[:1], block_size + 1)
-            ids = send(ids, runtime.device)
+            windows = tokens.windows(mine if len(mine) else starts[:1], block_size + 1)
+            ids = send(windows, runtime.device)
             with runtime.autocast():
                 loss = model(ids[:, :-1], ids[:, 1:], loss_only=True)
             sums.append(loss * len(mine))
@@ -320,10 +317,10 @@ def load_checkpoint(config):
     return saved, lines
 
 
-def describe(changes, state, data, batches, config, log):
+def describe(changes, state, data, batches, log):
     """Print which settings have changed, and what will run."""
     log.runtime.say("\n".join(changes))
-    log.describe(config, data, state.step, batches.tokens_until)
+    log.describe(dataset, data, state.step, batches.tokens_until)
     if decay_lr and last_decay_step() > max_iters:
         log.runtime.say(
             f"schedule: it ends at {learning_rate_at(max_iters):.2g}, not at min_lr, because "
@@ -348,7 +345,7 @@ def main(config):
     model = prepare_model(state, batches, runtime)
     keeper, log = take_folder(saved, state, config, runtime)
     del saved  # and with it the mapping of its file
-    describe(changes, state, data, batches, config, log)
+    describe(changes, state, data, batches, log)
     timer, health = StepTimer(state.step, runtime), Health(state, config, runtime)
 
     for step in range(state.step, max(state.step, max_iters) + 1):

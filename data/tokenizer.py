@@ -44,6 +44,15 @@ def check_tokenizer(folder, dataset, meta):
         raise UserError(f"dataset {dataset} is encoded unlike the model in {folder}; give another")
 
 
+def check_fits(tokenizer, vocab_size):
+    """Raise UserError if a model of `vocab_size` cannot read all that `tokenizer` may write."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}; "
+            f"prepare its dataset first"
+        )
+
+
 def char_meta(characters):
     """Return the meta of a dataset of these characters."""
     itos = dict(enumerate(sorted(set(characters))))

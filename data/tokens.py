@@ -121,32 +121,17 @@ def send(ids, device):
     return ids.long() & (2 ** (8 * ids.element_size()) - 1)
 
 
-class Batches:
-    """The training sequences of each step, for one rank, prepared one step ahead in a thread.
+class StepSizes:
+    """How many sequences and tokens a step has, over all ranks."""
 
-    The windows of step s are drawn by a generator keyed by (seed, s), whatever ran before and
-    however many processes share them, in the order of their ranks: equally, or to within one
-    sequence while their number grows.
-    """
-
-    def __init__(self, tokens, config, runtime):
-        self.tokens, self.config, self.runtime = tokens, config, runtime
-        self.batch_size, self.block_size = config["batch_size"], config["block_size"]
-        self.sequences = self.batch_size * config["gradient_accumulation_steps"]  # when all grown
+    def __init__(self, config):
+        self.config, self.block_size = config, config["block_size"]
+        self.sequences = config["batch_size"] * config["gradient_accumulation_steps"]  # all grown
         ramp = range(min(config["batch_ramp_iters"], config["max_iters"] + 1))
         self.growing = [0, *accumulate(map(self.sequences_at, ramp))]  # sequences before each step
-        world_size, first, most = runtime.world_size, self.sequences_at(0), self.sequences
-        fits = [n for n in range(1, min(2 * world_size, first + 1)) if most % n == 0]
-        if world_size not in fits:
-            raise UserError(
-                f"batch_size * gradient_accumulation_steps = {most} sequences per step "
-                f"divide among {', '.join(map(str, fits))} processes, not among {world_size}"
-                + (f": the first step has only {first}" if first < world_size else "")
-            )
-        self.pool, self.ahead = ThreadPoolExecutor(max_workers=1), {}  # ahead: step -> future
 
     def sequences_at(self, step):
-        """Return the number of sequences of `step`, over all ranks: it grows linearly, then stays.
+        """Return the number of sequences of `step`: it grows linearly, then stays.
 
         Early gradients agree, so that few sequences suffice (GPT-3, arXiv:2005.14165, appendix B).
         """
@@ -157,9 +142,31 @@ class Batches:
         return max(1, math.ceil(first + (self.sequences - first) * step / ramp))
 
     def tokens_until(self, step):
-        """Return the number of tokens of all steps before `step`, over all ranks."""
+        """Return the number of tokens of all steps before `step`."""
         grown = min(step, len(self.growing) - 1)
         return (self.growing[grown] + (step - grown) * self.sequences) * self.block_size
+
+
+class Batches(StepSizes):
+    """The training sequences of each step, for one rank, prepared one step ahead in a thread.
+
+    The windows of step s are drawn by a generator keyed by (seed, s), whatever ran before and
+    however many processes share them, in the order of their ranks: equally, or to within one
+    sequence while their number grows.
+    """
+
+    def __init__(self, tokens, config, runtime):
+        super().__init__(config)
+        self.tokens, self.runtime = tokens, runtime
+        world_size, first, most = runtime.world_size, self.sequences_at(0), self.sequences
+        fits = [n for n in range(1, min(2 * world_size, first + 1)) if most % n == 0]
+        if world_size not in fits:
+            raise UserError(
+                f"batch_size * gradient_accumulation_steps = {most} sequences per step "
+                f"divide among {', '.join(map(str, fits))} processes, not among {world_size}"
+                + (f": the first step has only {first}" if first < world_size else "")
+            )
+        self.pool, self.ahead = ThreadPoolExecutor(max_workers=1), {}  # ahead: step -> future
 
     def __call__(self, step):
         """Return this rank's micro-batches of `step`, each (<= batch_size, block_size + 1) ids."""
@@ -181,5 +188,5 @@ class Batches:
             torch.cuda.set_device(self.runtime.device)  # a new thread starts on device 0
             windows = windows.pin_memory()  # makes the copy to the device asynchronous
         # As many micro-batches on every rank, for sharded weights want them all, and none is empty.
-        needed = -(-sequences // (world_size * self.batch_size))  # rounded up
+        needed = -(-sequences // (world_size * self.config["batch_size"]))  # rounded up
         return windows.tensor_split(min(needed, len(shares[-1])))

@@ -107,6 +107,17 @@ def model_config(config_class, saved, settings=None):
     return config_class(**fields)
 
 
+def check_shape(name, shape, settings):
+    """Raise UserError if `settings` ask for another shape than the model called `name` has.
+
+    That is where they differ from it, and from GPT-2's.
+    """
+    for field in ("position", "rms_norm", "tied"):
+        if settings[field] not in (getattr(shape, field), getattr(type(shape), field)):
+            has = f"init_from={name} has {field}={getattr(shape, field)}"
+            raise UserError(f"{has}; leave --{field}={settings[field]} out")
+
+
 def is_of_kind(value, kind):
     """Return whether `value` is of the type `kind`, or one of the words of a Literal."""
     return value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind

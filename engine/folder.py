@@ -19,11 +19,11 @@ from engine.process import UserError, at_end, atomic, catch_signals, link, user_
 from engine.runtime import unshard
 
 
-def check_writable(folder):
+def check_writable(folder, setting="out_dir"):
     """Raise UserError unless files can be written to `folder`, which need not exist yet."""
     place = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
     if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise UserError(f"out_dir={folder}: {place} is not a folder that can be written to")
+        raise UserError(f"{setting}={folder}: {place} is not a folder that can be written to")
 
 
 def claim(folder, runtime):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from engine.process import UserError, import_extra, reason
+from engine.process import UserError, import_extra, reason, user_path
 
 # The shape of NanoChatForCausalLM, and its names beside ours.
 NANOCHAT = {"position": "rotary", "rms_norm": True, "tied": False, "bias": False}
@@ -33,6 +33,8 @@ def load_pretrained(name):
     if not Path(name).is_dir() and "/" not in name and "gpt2" not in name:
         known = "scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME or a folder"
         raise UserError(f"init_from={name}: choose {known}")
+    if name.startswith("~"):
+        name = str(user_path(name))
     source = open_model(name)
     named = name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
     if not (named or (Path(name) / "meta.pkl").exists()):
@@ -43,17 +45,17 @@ def load_pretrained(name):
 
 
 def from_gpt2(theirs, state):
-    """Return the config and the weights of a GPT2LMHeadModel; biases that are all 0 are none."""
+    """Return the config and the weights of a GPT2LMHeadModel, as to_gpt2 made it or others."""
+    masks = ".attn.bias", ".attn.masked_bias"  # of older files
+    state = {key: tensor for key, tensor in state.items() if not key.endswith(masks)}
     config = {
         "block_size": theirs.n_positions,
         **{name: getattr(theirs, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
-        "bias": any(tensor.any() for key, tensor in state.items() if key.endswith(".bias")),
+        "bias": getattr(theirs, "bias", True) is not False,  # so in ours, whose biases are 0
         "gelu_tanh": theirs.activation_function != "gelu",
     }
     weights = {}
     for key, tensor in state.items():
-        if key.endswith((".attn.bias", ".attn.masked_bias")):  # masks of older files
-            continue
         if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
             tensor = tensor.t()  # transformers' Conv1D holds its matrix the other way round
         if config["bias"] or not key.endswith(".bias"):
@@ -125,6 +127,7 @@ def check_shape(theirs):
     """Raise UserError if `theirs`, a transformers config, is of a model that GPT cannot be."""
     activations = ["gelu_new", "gelu_pytorch_tanh", "gelu"]
     nanochat = {
+        "attention_bias": [False],
         "hidden_act": activations,
         "intermediate_size": [4 * getattr(theirs, "hidden_size", 0)],
         "num_key_value_heads": [getattr(theirs, "num_attention_heads", 0)],
@@ -164,10 +167,12 @@ def save_model(folder, shape, weights, vocab_size, eot, dtype):
     for name in ENDS:
         weights[name] = weights[name][:vocab_size]
     ends = {"vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot, "dtype": dtype}
-    if is_nanochat(shape):
-        (options, state), kind = to_nanochat(shape, weights), transformers.NanoChatForCausalLM
+    if choose_kind(shape) == "nanochat":
+        kind = transformers.NanoChatForCausalLM
+        options, state = to_nanochat(shape, weights)
     else:
-        (options, state), kind = to_gpt2(shape, weights), transformers.GPT2LMHeadModel
+        kind = transformers.GPT2LMHeadModel
+        options, state = to_gpt2(shape, weights)
     with torch.device("meta"):  # no memory for weights to be replaced
         model = kind(kind.config_class(**options, **ends))
     state = {name: tensor.contiguous() for name, tensor in state.items()}
@@ -177,14 +182,14 @@ def save_model(folder, shape, weights, vocab_size, eot, dtype):
     model.save_pretrained(folder)
 
 
-def is_nanochat(shape):
-    """Return whether NanoChatForCausalLM has this shape, or else GPT2LMHeadModel; or UserError."""
+def choose_kind(shape):
+    """Return the model type that has this shape, gpt2 or nanochat; UserError if neither has."""
     gpt2 = {"position": "learned", "rms_norm": False, "tied": True}
     wanted = NANOCHAT if shape["position"] == "rotary" else gpt2
     for name, value in wanted.items():
         if shape[name] != value:
             raise UserError(f"{name}={shape[name]}: transformers has no such model with the rest")
-    return wanted is NANOCHAT
+    return "nanochat" if wanted is NANOCHAT else "gpt2"
 
 
 def to_gpt2(shape, weights):
@@ -194,6 +199,7 @@ def to_gpt2(shape, weights):
         "n_ctx": shape["block_size"],  # llama.cpp reads it
         **{name: shape[name] for name in ("n_embd", "n_layer", "n_head")},
         "activation_function": "gelu_new" if shape["gelu_tanh"] else "gelu",
+        "bias": shape["bias"],  # transformers ignores it; from_gpt2 does not
         **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
     }
     state = {}

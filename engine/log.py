@@ -11,7 +11,6 @@ from datetime import timedelta
 import torch
 
 from engine.process import UserError, atomic, user_error
-from engine.size import note_memory
 
 
 class Log:
@@ -80,8 +79,8 @@ class Log:
             if len(self.waiting) == 1:
                 self.runtime.say(f"{self.path} waits: {fault.strerror}; its lines are kept")
 
-    def describe(self, config, data, step, tokens_until):
-        """Print what will run from `step` on, with the splits `data`, and whether memory suffices.
+    def describe(self, dataset, data, step, tokens_until):
+        """Print what will run from `step` on: on which dataset, whose splits are `data`.
 
         tokens_until(step) is the number of tokens of all steps before `step`, over all ranks.
         """
@@ -89,12 +88,11 @@ class Log:
         sizes = ", ".join(f"{split} {len(tokens.ids):,}" for split, tokens in data.items())
         millions, megaflops = model.get_num_params() / 1e6, model.flops_per_token() / 1e6
         say(f"hardware: {self.runtime.about}")
-        say(f"data: {config['dataset']}, {sizes} tokens, vocabulary {model.config.vocab_size:,}")
+        say(f"data: {dataset}, {sizes} tokens, vocabulary {model.config.vocab_size:,}")
         say(f"model: {millions:.2f}M parameters, {megaflops:,.0f} MFLOPs per token")
         first, last = (tokens_until(n + 1) - tokens_until(n) for n in (step, self.max_iters))
         each = f"{first:,} to {last:,}" if first < last else f"{last:,}"
         say(f"steps: {step} to {self.max_iters}, of {each} tokens each")
-        note_memory(model, config, self.runtime)
 
     def evaluation(self, step, losses):
         """Print and record the mean loss of each split, if there was an evaluation."""

@@ -6,6 +6,8 @@ bytes. The figures are compared with PyTorch's own counts in tests/test_size.py.
 
 import math
 import os
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -57,47 +59,51 @@ def forward_flops(model):
 # --- memory --------------------------------------------------------------------------------------
 
 
-def activation_bytes(shape, low):
+def activation_bytes(shape, number_bytes):
     """Return bytes per token, layer and channel that a block keeps for the backward pass.
 
-    `low` is the size of a number in matrix products: 4, or 2 under autocast. 16 bits come to 36
-    where Korthikanti et al. (arXiv:2205.05198) count 34 with a residual stream in 16 bits.
+    `number_bytes` is the size of a number in matrix products: 4, or 2 under autocast. 16 bits come
+    to 36 where Korthikanti et al. (arXiv:2205.05198) count 34 with a residual stream in 16 bits.
+    What attention with dropout keeps on a CPU is left out: T * T weights per head without fast
+    parts, a copy of queries, keys and values with them.
     """
     stream = 2 * 4  # what the two norms read, in float32
-    products = 14 * low  # norms 2, queries, keys, values 3, attention 1, MLP 4 + 4
+    products = 14 * number_bytes  # norms 2, queries, keys, values 3, attention 1, MLP 4 + 4
     if shape.position == "rotary" or shape.rms_norm:
-        products += 3 * low  # queries and keys made anew, and a copy of what attention returns
-    if shape.rms_norm and (low == 2 or shape.position == "rotary"):
+        products += 3 * number_bytes  # new queries and keys, and a copy of what attention returns
+    if shape.rms_norm and (number_bytes == 2 or shape.position == "rotary"):
         products += 2 * 4  # queries and keys as their norms read them, in float32
     return stream + products + 2 * (shape.dropout > 0)  # the masks of two dropouts
 
 
-def memory(model, config, low, world_size=1, cpu=False):
+def memory(model, config, number_bytes, world_size=1, cpu=False):
     """Return {what: bytes} of a training step, for each of `world_size` processes; peak() adds up.
 
     `config` holds batch_size, optimizer, activation_checkpointing, fsdp, fast_parts and
-    gradient_accumulation_steps; `low` is as above.
+    gradient_accumulation_steps; `number_bytes` is as above.
     """
     shape, C = model.config, model.config.n_embd
-    tokens = config["batch_size"] * shape.block_size
+    tokens = min(config["batch_size"], sequences_of_rank(config, world_size)) * shape.block_size
     count = sum(parameter.numel() for parameter in model.parameters())
     hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
     muons = hidden if config["optimizer"] == "muon" else 0
     share = world_size if config["fsdp"] else 1
-    block = tokens * C * activation_bytes(shape, low)
-    kept, at_once = shape.n_layer * block, tokens * C * (20 + 12 * low)  # one block's gradients
+    block = tokens * C * activation_bytes(shape, number_bytes)
+    kept = shape.n_layer * block
+    at_once = tokens * C * (20 + 12 * number_bytes)  # gradients within one block
     if config["activation_checkpointing"]:
-        kept, at_once = shape.n_layer * tokens * C * 4, at_once + block
+        kept = shape.n_layer * tokens * C * 4
+        at_once += block
     logits = tokens * shape.vocab_size
     if config["fast_parts"]:
         logits = min(logits, max(2**26, shape.vocab_size))  # engine/fast.py makes a part of them
     sizes = {
         "weights": 4 * count // share,
-        "weights in 16 bits": 2 * count // share if low == 2 else 0,
+        "weights in 16 bits": 2 * count // share if number_bytes == 2 else 0,
         "optimizer": (8 * count - 4 * muons) // share,
         "gradients": 4 * count // share,
         "activations": kept,
-        "gradients of activations, logits": max(at_once, logits * (4 + low)),
+        "gradients of activations, logits": max(at_once, logits * (4 + number_bytes)),
     }
     if cpu:  # measured: see docs/speed.md
         moving = sizes["activations"] + sizes["gradients of activations, logits"]
@@ -109,6 +115,12 @@ def memory(model, config, low, world_size=1, cpu=False):
     return sizes
 
 
+def sequences_of_rank(config, world_size):
+    """Return how many sequences of a step a process takes at most."""
+    sequences = config["batch_size"] * config["gradient_accumulation_steps"]
+    return -(-sequences // world_size)  # rounded up
+
+
 def peak(sizes, config, world_size=1):
     """Return how many bytes of `sizes`, of memory(), are held at the fullest moment of a step.
 
@@ -116,7 +128,7 @@ def peak(sizes, config, world_size=1):
     micro-batch left some.
     """
     gradients = sizes["gradients"]
-    if config["gradient_accumulation_steps"] <= world_size:
+    if sequences_of_rank(config, world_size) <= config["batch_size"]:
         moving = sizes["activations"] + sizes["gradients of activations, logits"]
         gradients = max(0, gradients - moving)
     return sum(sizes.values()) - sizes["gradients"] + gradients
@@ -124,13 +136,13 @@ def peak(sizes, config, world_size=1):
 
 def note_memory(model, config, runtime):
     """Set config.memory to a phrase on what a step takes, and print it where that does not fit."""
-    cpu = runtime.device.type == "cpu"
-    low = 4 if runtime.dtype == torch.float32 else 2
-    world_size = runtime.world_size
-    needed = peak(memory(model, config, low, world_size, cpu), config, world_size)
+    cpu, world_size = runtime.device.type == "cpu", runtime.world_size
+    number_bytes = 4 if runtime.dtype == torch.float32 else 2
+    needed = peak(memory(model, config, number_bytes, world_size, cpu), config, world_size)
     available = device_memory(runtime.device)
-    has = f"the {runtime.device.type} has {available / 1e9:.2f} GB"
-    config.memory = f"a step takes about {needed / 1e9:.2f} GB, {has}"
+    config.memory = f"a step takes about {needed / 1e9:.2f} GB"
+    if available:
+        config.memory += f", the {runtime.device.type} has {available / 1e9:.2f} GB"
     if 0 < available < needed:
         runtime.say(f"memory: {config.memory}; {memory_advice(config)}")
 
@@ -143,8 +155,10 @@ def device_memory(device):
         return torch.mps.recommended_max_memory()
     if not hasattr(os, "sysconf"):  # Windows
         return 0
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // processes
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    with suppress(OSError, ValueError):  # the limit of a container; "max" is none
+        most = min(most, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return most // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
 
 
 # --- scaling laws --------------------------------------------------------------------------------

@@ -135,6 +135,7 @@ def test_a_checkpoint_to_share_samples_alike_and_does_not_resume(launch, trained
         (["--folder=hf", "--dtype=int8"], "dtype=int8: choose float32, bfloat16 or float16"),
         (["--folder=hf", "--out_dir=alibi"], "position=alibi: transformers has no such model"),
         (["--folder=hf", "--out_dir=nowhere"], "no ckpt.pt in nowhere"),
+        (["--checkpoint=out/ckpt.pt"], "--checkpoint=out/ckpt.pt exists already; give a new name"),
         (["--checkpoint=no/a.pt"], "no/a.pt: No such file or directory"),
         (["--checkpoint=a.pt", "--init_from=gpt2"], "init_from=gpt2: --checkpoint needs one"),
     ],
@@ -147,7 +148,35 @@ def test_a_mistake_gets_its_line(launch, trained, tiny, arguments, line):
     with pytest.raises(SystemExit) as fault:
         launch(export, *arguments)
     assert str(fault.value).startswith(f"error: {line}")
+    assert not (tiny / "hf").exists() and not (tiny / "hf.tmp").exists()
+
+
+def test_a_model_that_ours_cannot_be_is_refused(launch, trained, tiny):
+    trained(*RECIPE, "--max_iters=1")
+    launch(export, "--folder=hf")
+    with pytest.raises(SystemExit, match="has position=rotary; leave --position=alibi out"):
+        launch(train, *TINY, "--init_from=hf", "--position=alibi", "--max_iters=2")
+    launch(train, *TINY, *RECIPE, "--init_from=hf", "--max_iters=2", "--out_dir=tuned")
+    config = tiny / "hf" / "config.json"
+    changed = config.read_text().replace('"attention_bias": false', '"attention_bias": true')
+    config.write_text(changed)
+    with pytest.raises(SystemExit, match="it is no nanochat: its attention_bias is True"):
+        launch(sample, "--init_from=hf", "--device=cpu")
+
+
+def test_an_export_that_fails_can_be_repeated(launch, trained, tiny, monkeypatch):
+    trained("--max_iters=1")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export, "save_tokenizer", fail)
+        with pytest.raises(SystemExit, match="error: hf: No space left on device"):
+            launch(export, "--folder=hf")
     assert not (tiny / "hf").exists()
+    launch(export, "--folder=hf")
+    assert (tiny / "hf" / "tokenizer.json").exists()
 
 
 def test_a_folder_with_other_characters_is_not_trained_on(launch, trained, tiny):

@@ -226,8 +226,7 @@ def test_the_linear_schedule_holds_then_falls_to_zero(monkeypatch):
         ("--lr_schedule=wsd", "lr_schedule=wsd: choose cosine or linear"),
         (
             "--init_from=gpt2 --position=rotary",
-            "init_from=gpt2: its weights want GPT-2's shape; leave --position, --rms_norm and "
-            "--tied out",
+            "init_from=gpt2 has position=learned; leave --position=rotary out",
         ),
     ],
 )

@@ -81,12 +81,20 @@ def test_a_terminal_gets_text(launch, tiny):
     assert "loss against steps" in launch(plot, "--runs=c", "--terminal=True")
 
 
+def test_a_run_that_went_bad_is_drawn(launch, tiny):
+    pytest.importorskip("matplotlib")
+    bad = {"iter": 2, "weight_norm/h.0": 1.0, "update_ratio/h.0": None, "grad_norm/h.0": None}
+    write(tiny / "a", SETTINGS, made(0), made(1), made(2, loss=None), bad)
+    launch(plot, "--runs=a , a", "--picture=a.png")
+
+
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        (["--runs=nowhere"], "nowhere: No such file or directory"),
+        (["--runs=nowhere"], "{}/nowhere: No such file or directory"),
+        (["--runs=bad", "--terminal=True"], "a run has no finite losses to draw yet"),
         (["--runs=a", "--x=time"], "x=time: choose steps, tokens or seconds"),
-        (["--runs=empty"], "empty/log.jsonl holds no losses yet"),
+        (["--runs=empty"], "{}/empty/log.jsonl holds no losses yet"),
         (["--runs=a", "--picture=a.xyz"], "a.xyz: Format 'xyz' is not supported"),
         (["--runs=a", "--picture=no/a.png"], "no/a.png: No such file or directory"),
     ],
@@ -95,6 +103,7 @@ def test_a_mistake_gets_its_line(launch, tiny, arguments, line):
     pytest.importorskip("matplotlib")
     write(tiny / "a", SETTINGS, made(0))
     write(tiny / "empty", SETTINGS)
+    write(tiny / "bad", SETTINGS, made(0, loss=None))
     with pytest.raises(SystemExit) as fault:
         launch(plot, *arguments)
-    assert str(fault.value).startswith(f"error: {line}")
+    assert str(fault.value).startswith(f"error: {line.replace('{}', str(tiny))}")

@@ -12,6 +12,7 @@ different tokenizers by bits per byte, which do not depend on how long tokens ar
 import json
 import math
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,10 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from configurator import configure  # noqa: E402
-from data.tokenizer import read_meta  # noqa: E402
-from data.tokens import TokenFile  # noqa: E402
-from engine.fast import use_fast_parts  # noqa: E402
+from data.tokenizer import check_fits, read_meta  # noqa: E402
+from data.tokens import TokenFile, id_dtype, send  # noqa: E402
+from engine.fast import LOGITS_AT_ONCE, use_fast_parts  # noqa: E402
+from engine.folder import check_writable  # noqa: E402
 from engine.process import (  # noqa: E402
     UserError,
     atomic,
@@ -47,122 +49,129 @@ text = ""                           # a UTF-8 file, instead of a dataset
 figures_file = ""                   # file for the figures, as JSON
 # System
 batch_size = 8                      # windows at once
-fast_parts = True                   # compute with engine/fast.py; False: as PyTorch does
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16
 
 RANGES = {"batch_size": (1, 2**31)}
-LOGITS_AT_ONCE = 2**26  # numbers, of 4 bytes
 
 
-def read_tokens(model, tokenizer, trained_on):
-    """Return the file to evaluate on, and its ids, a numpy array."""
+def open_tokens(tokenizer, vocab_size, trained_on):
+    """Return the TokenFile to evaluate on: that of a dataset, or one made of a text."""
     if text:
         path = user_path(text)
         with user_error(f"{path} cannot be read as UTF-8 text", OSError, UnicodeError):
             content = path.read_text("utf-8")
-        ids = np.array(tokenizer.encode(content), dtype=np.int64)
+        ids = np.array(tokenizer.encode(content), id_dtype(tokenizer.meta))
         if len(ids) < 2:
             raise UserError(f"{path} holds {len(ids)} tokens; give at least 2")
-        return path, ids
-    if split not in ("train", "val"):
-        raise UserError(f"split={split}: choose train or val")
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            path = Path(folder, path.name)
+            ids.tofile(path)
+            return TokenFile(path, tokenizer.meta, 1)
     folder = ROOT / "data" / (dataset or trained_on)
-    file = TokenFile(folder / f"{split}.bin", read_meta(folder), 1)
-    if read_meta(folder) != tokenizer.meta:
+    meta = read_meta(folder)
+    file = TokenFile(folder / f"{split}.bin", meta, 1)
+    if meta != tokenizer.meta:
         raise UserError(f"dataset {folder.name} is encoded unlike the model's; give another")
-    file.limit(model.config.vocab_size)
-    return file.path, file.ids
+    file.limit(vocab_size)
+    return file
 
 
-def windows(ids, length):
-    """Yield arrays of rows of ids, (rows, length + 1): each row begins where the last one ended.
+def windows(tokens, length):
+    """Return a list of (places where rows begin, ids in a row): a row begins where another ended.
 
-    The very last may be shorter.
+    Each is a batch. The very last row may be shorter.
     """
-    whole = (len(ids) - 1) // length
-    for first in range(0, whole, batch_size):
-        starts = np.arange(first, min(whole, first + batch_size)) * length
-        yield ids[starts[:, None] + np.arange(length + 1)]
-    if whole * length < len(ids) - 1:
-        yield ids[None, whole * length :]
+    whole, rest = divmod(len(tokens.ids) - 1, length)
+    starts = np.arange(whole) * length
+    batches = [(starts[at : at + batch_size], length + 1) for at in range(0, whole, batch_size)]
+    if rest:
+        batches.append((np.array([whole * length]), rest + 1))
+    return batches
 
 
-def judge(model, rows, runtime):
-    """Return the losses and whether the likeliest token is right, (rows, length) each."""
-    tokens = torch.from_numpy(rows.astype(np.int64)).to(runtime.device)
+def judge(model, ids, runtime):
+    """Return the loss of each id but the first of a row, and whether the likeliest was right."""
+    rows_at_once = max(1, LOGITS_AT_ONCE // model.config.vocab_size)
+    losses, right = [], []
     with runtime.autocast():
-        x, targets = model.hidden(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten()
-        at_once, losses, right = max(1, LOGITS_AT_ONCE // model.config.vocab_size), [], []
-        for part, target in zip(x.split(at_once), targets.split(at_once), strict=True):
+        x = model.hidden(ids[:, :-1]).flatten(0, 1)
+        targets = ids[:, 1:].flatten()
+        for part, target in zip(x.split(rows_at_once), targets.split(rows_at_once), strict=True):
             logits = model.lm_head(part).float()
             losses.append(F.cross_entropy(logits, target, reduction="none"))
             right.append(logits.argmax(1) == target)
-    shape = len(rows), -1
-    return torch.cat(losses).view(shape).double().cpu(), torch.cat(right).view(shape).cpu()
+    return [torch.cat(each).view(len(ids), -1).cpu() for each in (losses, right)]
 
 
 @torch.inference_mode()
-def evaluate(model, ids, lengths, runtime):
-    """Return the figures of `model` on `ids`, a dict; `lengths` are the bytes of each token."""
+def evaluate(model, tokens, lengths, runtime):
+    """Return the figures of `model` on `tokens`, a dict; `lengths` are the bytes of each token."""
     T = model.config.block_size
     losses, counts = np.zeros(T), np.zeros(T, dtype=np.int64)  # by position in the window
     right = size = 0
-    batches = -(-((len(ids) - 1) // T) // batch_size) + ((len(ids) - 1) % T > 0)
-    for rows in tqdm(windows(ids, T), total=batches, unit=" batches", leave=False, disable=None):
-        each, hits = judge(model, rows, runtime)
-        losses[: each.size(1)] += each.sum(0).numpy()
-        counts[: each.size(1)] += len(each)
+    for starts, length in tqdm(windows(tokens, T), unit=" batches", leave=False, disable=None):
+        ids = send(tokens.windows(starts, length), runtime.device)
+        each, hits = judge(model, ids, runtime)
+        losses[: length - 1] += each.double().sum(0).numpy()
+        counts[: length - 1] += len(each)
         right += hits.sum().item()
-        size += int(lengths[rows[:, 1:]].sum())
+        size += lengths[ids[:, 1:].cpu()].sum().item()
     total, count = losses.sum().item(), counts.sum().item()
     if not math.isfinite(total):
         raise UserError("the loss is not finite; try another checkpoint")
-    edges = [0, *(2**power for power in range(T.bit_length())), T]
-    positions = {}
-    for first, last in zip(edges, edges[1:], strict=False):
-        if counts[first:last].sum():
-            name = f"{first + 1} to {last}" if last > first + 1 else f"{last}"
-            positions[name] = losses[first:last].sum().item() / counts[first:last].sum().item()
-    return {
+    figures = {
         "tokens": count,
         "bytes": size,
         "loss": total / count,
         "perplexity": math.exp(min(total / count, 700)),
-        "bits_per_byte": total / math.log(2) / size if size else None,
+        "bits_per_byte": total / math.log(2) / size if size else math.inf,
         "accuracy": right / count,
-        "loss_by_position": positions,
     }
+    edges = [0, *(2**power for power in range(T.bit_length())), T]
+    for first, last in zip(edges, edges[1:], strict=False):
+        if counts[first:last].any():
+            name = f"loss at position {first + 1} to {last}"
+            figures[name] = (losses[first:last].sum() / counts[first:last].sum()).item()
+    return figures
 
 
 def show(figures):
-    """Print the figures, and the loss by position as a table."""
-    print(f"loss {figures['loss']:.4f} nats per token, perplexity {figures['perplexity']:.2f}")
-    if figures["bits_per_byte"]:
-        print(f"{figures['bits_per_byte']:.4f} bits per byte of {figures['bytes']:,} bytes")
-    print(f"{figures['accuracy']:.2%} of {figures['tokens']:,} tokens guessed right")
-    print("loss by position in the context:")
-    for name, loss in figures["loss_by_position"].items():
-        print(f"  {name:>14}  {loss:.4f}")
+    for name, value in figures.items():
+        digits = ",.4f" if isinstance(value, float) else ","
+        print(f"{name:>28}  {value:{digits}}")
+
+
+def bytes_of(tokenizer, vocab_size):
+    """Return how many bytes of text each id stands for, (V,): end-of-text and padding none."""
+    pieces = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+    if tokenizer.eot is not None:
+        pieces[tokenizer.eot] = b""
+    return F.pad(torch.tensor([len(piece) for piece in pieces]), (0, vocab_size - len(pieces)))
 
 
 @one_line_errors
 def main(config):
+    if split not in ("train", "val"):
+        raise UserError(f"split={split}: choose train or val")
+    if text and dataset:
+        raise UserError("give --text or --dataset, not both")
+    if figures_file:
+        check_writable(user_path(figures_file).parent, "the folder of figures_file")
     runtime = start_runtime(device, dtype, False)
     model, tokenizer, trained_on = load(init_from, out_dir, checkpoint_file, runtime.device)
-    path, ids = read_tokens(model, tokenizer, trained_on)
-    lengths = np.zeros(model.config.vocab_size, dtype=np.int64)  # padding has none
-    for token in range(min(tokenizer.vocab_size, len(lengths))):
-        lengths[token] = len(tokenizer.decode_bytes([token])) * (token != tokenizer.eot)
-    if fast_parts:
-        use_fast_parts(model, runtime.device)
-    print(f"{path}: {len(ids):,} tokens, in windows of {model.config.block_size}")
-    figures = evaluate(model.eval(), ids, lengths, runtime)
+    shape = model.config
+    check_fits(tokenizer, shape.vocab_size)
+    if not (text or dataset or trained_on):
+        raise UserError("give --dataset=NAME or --text=FILE")
+    tokens = open_tokens(tokenizer, shape.vocab_size, trained_on)
+    use_fast_parts(model, runtime.device)
+    print(f"{text or tokens.path}: {len(tokens.ids):,} tokens, in windows of {shape.block_size}")
+    figures = evaluate(model.eval(), tokens, bytes_of(tokenizer, shape.vocab_size), runtime)
     show(figures)
     if figures_file:
-        content = json.dumps({"file": str(path), **figures}, indent=2)
         with user_error(figures_file, OSError), atomic(user_path(figures_file)) as file:
-            file.write(content.encode())
+            file.write(json.dumps(figures, indent=2).encode())
 
 
 if __name__ == "__main__":

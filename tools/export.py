@@ -8,13 +8,15 @@ The folder holds config.json, generation_config.json, model.safetensors, tokeniz
 tokenizer_config.json, for AutoModelForCausalLM and AutoTokenizer, and no code. A model of GPT-2's
 shape becomes a GPT2LMHeadModel; with rotary positions, rms_norm and a head of its own it becomes a
 NanoChatForCausalLM. train.py and sample.py take it back with --init_from=FOLDER: a meta.pkl beside
-the rest tells them a tokenizer that is not GPT-2's. The checkpoint is a ckpt.pt without the
+the rest tells them a tokenizer that is not GPT-2's. transformers drops a character that the
+vocabulary lacks without a word, where sample.py names it. The checkpoint is a ckpt.pt without the
 optimizer's state; sample.py and tools/evaluate.py read it.
 """
 
 import dataclasses
 import json
 import pickle
+import shutil
 import sys
 from pathlib import Path
 
@@ -24,7 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import sample  # noqa: E402
 from configurator import configure  # noqa: E402
-from data.tokenizer import GPT2  # noqa: E402
+from data.tokenizer import GPT2, check_fits  # noqa: E402
 from engine.checkpoint import find_checkpoint  # noqa: E402
 from engine.huggingface import save_model  # noqa: E402
 from engine.process import (  # noqa: E402
@@ -52,14 +54,20 @@ def export_folder(path):
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"--folder={folder} holds something already; give a new one")
     model, tokenizer, _ = sample.load(init_from, out_dir, checkpoint_file, torch.device("cpu"))
+    check_fits(tokenizer, model.config.vocab_size)
     shape, size = dataclasses.asdict(model.config), tokenizer.vocab_size
-    if size > model.config.vocab_size:
-        raise UserError(f"the tokenizer has {size} tokens, the model {model.config.vocab_size}")
-    with user_error(path, OSError):
-        save_model(path, shape, model.state_dict(), size, tokenizer.eot, DTYPES[dtype])
-        save_tokenizer(path, tokenizer, model.config.block_size)
-        if tokenizer.meta != GPT2:
-            (path / "meta.pkl").write_bytes(pickle.dumps(tokenizer.meta))
+    unfinished = path.with_name(f"{path.name}.tmp")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    try:
+        with user_error(path, OSError):
+            unfinished.mkdir(parents=True)
+            save_model(unfinished, shape, model.state_dict(), size, tokenizer.eot, DTYPES[dtype])
+            save_tokenizer(unfinished, tokenizer, model.config.block_size)
+            if tokenizer.meta != GPT2:
+                (unfinished / "meta.pkl").write_bytes(pickle.dumps(tokenizer.meta))
+            unfinished.replace(path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
     print(f"{path}: {', '.join(sorted(each.name for each in path.iterdir()))}")
 
 
@@ -91,15 +99,18 @@ def save_tokenizer(folder, tokenizer, block_size):
 
 
 def export_checkpoint(path):
-    """Write the checkpoint without the optimizer's state, a third of its size or less."""
+    """Write the checkpoint without the optimizer's state."""
     if init_from != "resume":
         raise UserError(f"init_from={init_from}: --checkpoint needs one of ours, in --out_dir")
+    if path.exists():
+        raise UserError(f"--checkpoint={checkpoint} exists already; give a new name")
+    _, tokenizer, _ = sample.load(init_from, out_dir, checkpoint_file, torch.device("cpu"))
     saved = find_checkpoint(user_path(out_dir), checkpoint_file)
     kept = {name: value for name, value in saved.items() if name not in ("optimizer", "scaler")}
     weights = {name: tensor.to(DTYPES[dtype]) for name, tensor in saved["model"].items()}
     if saved["model_args"].get("tied", True):  # stored once
         weights["lm_head.weight"] = weights["transformer.wte.weight"]
-    kept["model"] = weights
+    kept |= {"model": weights, "tokenizer": tokenizer.meta}  # nanoGPT's files name only a dataset
     with user_error(path, OSError), atomic(path) as file:
         torch.save(kept, file)
     print(f"{path}: {path.stat().st_size:,} bytes")

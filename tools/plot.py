@@ -51,7 +51,7 @@ class Run:
     """What log.jsonl holds: the lines of steps and evaluations, and where it was resumed."""
 
     def __init__(self, name):
-        self.path = user_path(name)
+        self.path = user_path(str(name).strip()).resolve()
         if self.path.is_dir():
             self.path /= "log.jsonl"
         self.name = self.path.parent.name if self.path.name == "log.jsonl" else self.path.stem
@@ -86,8 +86,8 @@ class Run:
         places, values = [e[x] for e in found], [e[name] for e in found]
         pairs = zip(found, found[1:], strict=False)
         apart = [after["steps"] - before["steps"] for before, after in pairs]
-        for at in range(len(apart) - 2, 0, -1):
-            if apart[at] > 2 * max(apart[at - 1], apart[at + 1]):  # a gap
+        for at in range(len(apart) - 2, 0, -1):  # from the end: an insertion moves what follows
+            if apart[at] > 2 * max(apart[at - 1], apart[at + 1]):
                 places.insert(at + 1, places[at])
                 values.insert(at + 1, math.nan)
         return places, values
@@ -145,7 +145,8 @@ def draw_health(run, row):
         panel.set_title(f"{run.name}: {label}", fontsize="small")
         panel.set_xlabel(x)
         if layers:
-            norm = "linear" if beginning == "attention_score" else "log"  # a score may be negative
+            positive = any(value > 0 for values in layers.values() for value in values)
+            norm = "log" if positive and beginning != "attention_score" else "linear"
             options = {"shading": "nearest", "norm": norm}
             mesh = panel.pcolormesh(places, list(layers), list(layers.values()), **options)
             row.colorbar(mesh, ax=panel)
@@ -157,6 +158,8 @@ def draw_text(found):
     if min(len(places) for places, _ in curves) < 2:
         curves = [run.curve("loss") for run in found]
     places, values = zip(*curves, strict=True)
+    if not all(any(map(math.isfinite, each)) for each in values):
+        raise UserError("a run has no finite losses to draw yet")
     plot = import_extra("uniplot", "plot").plot
     look = {"title": f"loss against {x}", "lines": True, "width": 70, "color": sys.stdout.isatty()}
     plot(values, places, legend_labels=[run.name for run in found], **look)
@@ -171,8 +174,9 @@ def main(config):
         draw_text(found)
         return
     plt = import_extra("matplotlib.pyplot", "plot")
+    figure = draw(found, plt)
     with user_error(path, OSError, ValueError):  # no such folder; an unknown kind of picture
-        draw(found, plt).savefig(path, dpi=110)
+        figure.savefig(path, dpi=110)
     print(f"{path}: {', '.join(run.name for run in found)}")
 
 

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from configurator import configure  # noqa: E402
 from data.tokenizer import GPT2, read_meta  # noqa: E402
-from data.tokens import id_dtype  # noqa: E402
+from data.tokens import StepSizes, id_dtype  # noqa: E402
 from engine.process import (  # noqa: E402
     UserError,
     import_extra,
@@ -70,7 +70,7 @@ def build(config):
 
     The tokens are None where the dataset is not prepared, and the vocabulary then GPT-2's.
     """
-    if train.init_from not in ("scratch", "resume"):
+    if train.init_from != "scratch":
         raise UserError(f"init_from={train.init_from}: give --n_layer, --n_head, --n_embd instead")
     folder, tokens, meta = ROOT / "data" / train.dataset, None, GPT2
     if (folder / "train.bin").exists():
@@ -101,10 +101,10 @@ def print_flops(model):
     print(f"  {'a forward pass, per sequence':34}{total:>18,}")
 
 
-def print_memory(model, config, low, available):
+def print_memory(model, config, number_bytes, available):
     """Print what a step holds, and whether it fits: as set, and in the ways that take less."""
     print(f"memory, at micro-batches of {train.batch_size} x {train.block_size} tokens:")
-    sizes = memory(model, config, low, gpus, gpu == "cpu")
+    sizes = memory(model, config, number_bytes, gpus, gpu == "cpu")
     for what, size in sizes.items():
         print(f"  {what:34}{gigabytes(size):>18}")
     ways = {"as set": {}, "with --activation_checkpointing": {"activation_checkpointing": True}}
@@ -112,29 +112,29 @@ def print_memory(model, config, low, available):
         ways["with --fsdp"] = {"fsdp": True}
         ways["with both"] = {"fsdp": True, "activation_checkpointing": True}
     for way, changes in ways.items():
-        most = peak(memory(model, config | changes, low, gpus, gpu == "cpu"), config, gpus)
+        most = peak(memory(model, config | changes, number_bytes, gpus, gpu == "cpu"), config, gpus)
         fits = f", of {gigabytes(available)}" if most < available else ": DOES NOT FIT"
         print(f"  {'at most, ' + way:34}{gigabytes(most):>18}{fits if available else ''}")
-    whole = memory(model, config | {"fsdp": False}, low)
-    cache = 2 * train.n_layer * train.n_embd * low
+    whole = memory(model, config | {"fsdp": False}, number_bytes)
+    cache = 2 * train.n_layer * train.n_embd * number_bytes
     print(f"checkpoint: {gigabytes(whole['weights'] + whole['optimizer'])}")
     print(f"cache in sampling: {cache:,} bytes per token and sample")
 
 
-def print_time(model, flops, power, tokens):
+def print_time(model, config, flops, power, tokens):
     """Print the tokens of the run, and time and price at `flops` per second and `power` watts.
 
     Returns the tokens; `tokens` are those of the dataset, None where it is not prepared.
     """
-    per_step = train.batch_size * train.gradient_accumulation_steps * train.block_size
-    seen = train.max_iters * per_step
+    sizes = StepSizes(config)
+    seen = sizes.tokens_until(train.max_iters)
     epochs = f", {seen / tokens:.2f} epochs of {train.dataset}" if tokens else ""
-    print(f"tokens: {seen:,} in {train.max_iters:,} steps of {per_step:,}{epochs}")
+    print(f"tokens: {seen:,} in {train.max_iters:,} steps{epochs}")
     rate = mfu * gpus * flops / model.flops_per_token()
     if rate:
         hours = seen / rate / 3600
-        print(f"time: {hours:,.1f} hours at {mfu:.0%} of {gpus} x {flops / 1e12:,.0f} TFLOP/s")
-        energy = f"{hours * gpus * power / 1000:,.1f} kWh for the cards"
+        print(f"time: {hours:,.2f} hours at {mfu:.0%} of {gpus} x {flops / 1e12:,.0f} TFLOP/s")
+        energy = f"{hours * gpus * power / 1000:,.1f} kWh"
         print(f"  {rate:,.0f} tokens/s, {energy}, price {hours * gpus * price:,.2f}")
     return seen
 
@@ -180,15 +180,17 @@ def main(config):
         raise UserError(f"gpu={gpu}: choose cpu or one of {', '.join(CARDS)}")
     model, tokens = build(config)
     half = gpu != "cpu" if train.dtype == "auto" else train.dtype != "float32"
-    card = *CARDS.get(gpu, (0, 0)), PEAKS.get(gpu, (0, 0))[not half]
-    given = zip((gpu_memory, watts, tflops), card, strict=True)
-    gb, power, peak_tflops = (default if own is None else own for own, default in given)
+    low_peak, full_peak = PEAKS.get(gpu, (0, 0))
+    card = [*CARDS.get(gpu, (0, 0)), low_peak if half else full_peak]
+    for at, given in enumerate((gpu_memory, watts, tflops)):
+        if given is not None:
+            card[at] = given
     print_parameters(model)
     print_flops(model)
-    print_memory(model, config, 2 if half else 4, 1e9 * gb)
-    seen = print_time(model, 1e12 * peak_tflops, power, tokens)
+    print_memory(model, config, 2 if half else 4, 1e9 * card[0])
+    seen = print_time(model, config, 1e12 * card[2], card[1], tokens)
     print_laws(model, seen)
-    if picture:
+    if picture and seen:
         draw_laws(model, seen, user_path(picture))
 
 

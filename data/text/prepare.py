@@ -82,7 +82,7 @@ def main(config):
     count, characters = 0, set()
     for text, _ in pieces(paths):
         count += len(text)
-        characters.update(text)
+        characters.update(text if tokenizer == "char" else "")
     print(f"{len(paths)} files, {count:,} characters")
     meta = char_meta(characters) if tokenizer == "char" else {**GPT2, "tokenizer": tokenizer}
     encoder, cut = make_tokenizer(meta), int((1 - val_fraction) * count)
