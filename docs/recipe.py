@@ -254,7 +254,7 @@ def run(part, flags, put, seed):
     flags += ["--fast_parts=False"] if put == "softcap" else []
     command = [sys.executable, __file__, "run", put, *flags]
     done = subprocess.run(command, capture_output=True, text=True)
-    losses = re.findall(r"^step .* val loss (\S+)", done.stdout, re.MULTILINE)
+    losses = re.findall(r"^step .* val loss ([\d.]+)", done.stdout, re.MULTILINE)
     if done.returncode and "had no finite gradient" not in done.stderr:
         raise SystemExit(done.stderr)
     if done.returncode:

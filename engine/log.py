@@ -95,11 +95,15 @@ class Log:
         say(f"steps: {step} to {self.max_iters}, of {each} tokens each")
 
     def evaluation(self, step, losses):
-        """Print and record the mean loss of each split, if there was an evaluation."""
+        """Print and record the mean loss of each split, if there was an evaluation.
+
+        Perplexity is e to the loss: among how many equally likely tokens the model is undecided.
+        """
         if not losses:
             return
         train, val = losses["train"], losses["val"]
-        self.runtime.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}")
+        undecided = f"perplexity {math.exp(min(val, 99)):.2f}"
+        self.runtime.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}, {undecided}")
         self.record({"iter": step, "train/loss": train, "val/loss": val})
 
     def step(self, step, loss, grad_norm, lr, tokens_until, timer):

@@ -1,5 +1,6 @@
 """Training: the schedule, the steps, the evaluation, and what a run starts from."""
 
+import math
 import subprocess
 import sys
 
@@ -82,7 +83,8 @@ def test_evaluation_is_the_mean_over_the_tokens_of_the_whole_split(launch, tiny)
     expected = sum(sums) / len(sums)
     assert log("out")[-1]["val/loss"] == pytest.approx(expected, rel=1e-5)
     line = next(line for line in out.splitlines() if line.startswith("step 3: train loss "))
-    assert line.endswith(f", val loss {expected:.4f}")
+    perplexity = math.exp(expected)
+    assert line.endswith(f", val loss {expected:.4f}, perplexity {perplexity:.2f}")
 
 
 def test_a_bounded_evaluation_is_repeatable_and_spread_over_the_split(launch, tiny, monkeypatch):
