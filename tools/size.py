@@ -85,8 +85,7 @@ def gigabytes(count):
 
 
 def print_parameters(model):
-    counts = parameters(model)
-    total = sum(counts.values())
+    counts, total = parameters(model), model.get_num_params(non_embedding=False)
     print(f"parameters: {total:,}, {model.get_num_params():,} without the position table")
     for part, count in counts.items():
         print(f"  {part:34}{count:>18,}  {count / total:6.1%}")
@@ -140,9 +139,10 @@ def print_time(model, config, flops, power, tokens):
 
 
 def print_laws(model, seen):
-    """Print what scaling laws say; they were fitted to other text, and models with AdamW."""
+    """Print what scaling laws say; they were fitted to models trained with AdamW on web text."""
     count = model.get_num_params()
-    print(f"compute-optimal: {best_tokens(count):,.0f} tokens for this size (Hoffmann, approach 2)")
+    best = f"{best_tokens(count):,.0f} tokens for this size (Hoffmann, approach 2)"
+    print(f"scaling laws, fitted to 70 million parameters and more:\n  compute-optimal: {best}")
     for law in LAWS if seen else ():
         size, tokens = best_size(law, 6 * count * seen)
         loss, least = predicted_loss(law, count, seen), predicted_loss(law, size, tokens)
