@@ -229,7 +229,8 @@ def plan(part):
         elif part == "time":
             times = by_name("small")[1]
             for name in TIMED:
-                steps = round(200 * times["GPT-2, AdamW"] / times[name])
+                medians = [statistics.median(times[each]) for each in ("GPT-2, AdamW", name)]
+                steps = round(200 * medians[0] / medians[1])
                 flags, put = {**ALONE, **LESS}[name]
                 flags = f"{SMALL} {flags} --max_iters={steps}"
                 yield {"name": name, "steps": steps, "seed": seed}, flags, put
@@ -302,13 +303,13 @@ def write_source_code():
 
 
 def by_name(part):
-    """Return {name: losses of its seeds} and {name: median milliseconds per step} of a part."""
+    """Return {name: losses of its seeds} and {name: milliseconds per step of each} of a part."""
     losses, times = {}, {}
     for line in known():
         if line["part"] == part and line["loss"]:
             losses.setdefault(line["name"], []).append(line["loss"])
             times.setdefault(line["name"], []).append(line["ms"])
-    return losses, {name: statistics.median(each) for name, each in times.items()}
+    return losses, times
 
 
 def cell(losses):
@@ -327,7 +328,7 @@ def draw_ablation():
     for name in {**ALONE, **LESS}:
         row = [name.replace("_", " ")]
         for losses, times in (measured[part] for part in parts):
-            row += [cell(losses[name]), times[name]] if name in losses else ["", ""]
+            row += [cell(losses[name]), min(times[name])] if name in losses else ["", ""]
         print(f"| {' | '.join(map(str, row))} |")
     for name, losses in by_name("time")[0].items():
         print(f"in the time of GPT-2: {name} {cell(losses)}")
@@ -344,7 +345,7 @@ def draw_ablation():
                 panel.axvspan(min(losses[names[0]]), max(losses[names[0]]), color="0.85")
             labels = [name.replace("_", " ") for name in reversed(names)]
             panel.set_yticks(range(len(names)), labels)
-            panel.set(xlabel=f"validation loss, {parts[part]}")
+            panel.set(xlabel=f"loss, {parts[part]}")
             panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(ROOT / "assets" / "recipe.png", dpi=90)
 
