@@ -256,10 +256,10 @@ from engine.process import UserError
 
 load = train.load_data
 
-def load_data(runtime):
+def load_data(*arguments):
     if os.environ["RANK"] == "1":
         raise UserError("no disk here")
-    return load(runtime)
+    return load(*arguments)
 
 train.load_data = load_data
 train.main(configure(vars(train)))
