@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -59,10 +60,13 @@ def test_every_token_but_the_first_counts_once(launch, trained, tiny, monkeypatc
 
 
 def test_on_a_split_it_says_what_training_said(launch, trained, tiny):
-    val = figures(launch)  # the dataset that the checkpoint names
-    whole = (val["tokens"] // 16) * 16  # train.py leaves out a shorter last window
-    assert val["loss"] == pytest.approx(float(trained.split("val loss ")[-1][:6]), abs=0.02)
-    assert whole <= val["tokens"]
+    val = figures(launch)  # of the dataset that the checkpoint names
+    losses, _ = plain(TEXT[len(TEXT) * 9 // 10 :])
+    assert val["tokens"] == len(losses)
+    assert val["loss"] == pytest.approx(losses.mean().item(), rel=1e-5)
+    whole = losses[: len(losses) // 16 * 16].mean().item()  # train.py leaves out a shorter last one
+    printed = re.findall(r"^step 20: .* val loss ([\d.]+)", trained, re.M)
+    assert [float(each) for each in printed] == [pytest.approx(whole, abs=1e-4)]
     shown = launch(evaluate, "--device=cpu", "--dataset=tiny", "--split=train")
     assert "train.bin: " in shown and "loss at position 9 to 16" in shown
 
