@@ -6,9 +6,11 @@ characters the tables `stoi` and `itos`. Without that file it is in GPT-2's BPE.
 
 import os
 import pickle
+import tempfile
 import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from engine.process import UserError, reason
 
@@ -127,3 +129,21 @@ def make_tokenizer(meta):
     if not meta.keys() & {"tokenizer", "stoi"}:
         raise UserError("meta.pkl names no tokenizer and holds no characters")
     return BPETokenizer(meta) if "tokenizer" in meta else CharTokenizer(meta)
+
+
+def at_hand(meta):
+    """Return whether the tokenizer of `meta` can be made without a download."""
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
+    return "stoi" in meta or ("tokenizer" in meta and Path(cache).is_dir())
+
+
+def bytes_per_id(tokenizer, vocab_size):
+    """Return how many bytes of text each of vocab_size ids stands for, a list.
+
+    End-of-text and what the tokenizer does not have, padding, stand for none.
+    """
+    pieces = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
+    if tokenizer.eot is not None:
+        pieces[tokenizer.eot] = b""
+    padding = [0] * (vocab_size - len(pieces))
+    return [len(piece) for piece in pieces] + padding

@@ -10,13 +10,13 @@ import math
 import mmap
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import accumulate
 
 import numpy as np
 import torch
 
-from data.tokenizer import GPT2
+from data.tokenizer import GPT2, at_hand, bytes_per_id, make_tokenizer
 from engine.process import UserError, atomic, user_error
 
 SCAN_BYTES = 2**27  # files up to this size are searched whole for ids beyond the vocabulary
@@ -60,7 +60,7 @@ class TokenFile:
     """The ids of one split, memory-mapped. Raises UserError if they cannot be trained on."""
 
     def __init__(self, path, meta, block_size):
-        self.path, dtype = path, id_dtype(meta)
+        self.path, self.meta, dtype = path, meta, id_dtype(meta)
         if not path.exists():
             own = f"data/text/prepare.py --input=FILE --dataset={path.parent.name}"
             command = f"{path.parent}/prepare.py" if (path.parent / "prepare.py").exists() else own
@@ -96,6 +96,17 @@ class TokenFile:
             begin = (len(content) - SAMPLE) * index // 63
             found.update(content[max(0, begin) : max(0, begin) + SAMPLE])
         return f"{len(self.ids)} tokens, SHA-256 {found.hexdigest()[:16]}"
+
+    def bytes_per_token(self):
+        """Return the mean bytes of text that an id stands for, of the first 16M ids.
+
+        None where that is not known: the tokenizer cannot be made, or not without a download.
+        """
+        if not at_hand(self.meta):
+            return None
+        with suppress(UserError):
+            lengths = bytes_per_id(make_tokenizer(self.meta), self.vocab_size)
+            return float(np.array(lengths)[self.ids[: 2**24]].mean())
 
     def evenly_spaced(self, block_size, most):
         """Return where the windows to evaluate on begin: all that do not overlap, or `most`."""

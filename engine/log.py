@@ -19,6 +19,7 @@ class Log:
     def __init__(self, model, max_iters, runtime):
         self.model, self.max_iters, self.runtime = model, max_iters, runtime
         self.path = self.wandb = None  # until they are opened
+        self.bytes_per_token = None  # of the text to evaluate on, where it is known
         self.waiting = []  # lines that found no room on the disk yet
 
     def open(self, path, step, config):
@@ -87,6 +88,8 @@ class Log:
         model, say = self.model, self.runtime.say
         sizes = ", ".join(f"{split} {len(tokens.ids):,}" for split, tokens in data.items())
         millions, megaflops = model.get_num_params() / 1e6, model.flops_per_token() / 1e6
+        if self.runtime.rank == 0:
+            self.bytes_per_token = data["val"].bytes_per_token()
         say(f"hardware: {self.runtime.about}")
         say(f"data: {dataset}, {sizes} tokens, vocabulary {model.config.vocab_size:,}")
         say(f"model: {millions:.2f}M parameters, {megaflops:,.0f} MFLOPs per token")
@@ -98,13 +101,19 @@ class Log:
         """Print and record the mean loss of each split, if there was an evaluation.
 
         Perplexity is e to the loss: among how many equally likely tokens the model is undecided.
+        Bits per byte do not depend on how long tokens are.
         """
         if not losses:
             return
         train, val = losses["train"], losses["val"]
         undecided = f"perplexity {math.exp(min(val, 99)):.2f}"
+        entry = {"iter": step, "train/loss": train, "val/loss": val}
+        if self.bytes_per_token:
+            bits = val / math.log(2) / self.bytes_per_token
+            undecided += f", {bits:.3f} bits per byte"
+            entry["val/bits_per_byte"] = bits
         self.runtime.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}, {undecided}")
-        self.record({"iter": step, "train/loss": train, "val/loss": val})
+        self.record(entry)
 
     def step(self, step, loss, grad_norm, lr, tokens_until, timer):
         """Print and record the figures of `step`, and how fast those since the last call were.

@@ -48,6 +48,22 @@ def test_a_large_vocabulary_takes_uint32_and_gpt2_no_meta(tmp_path):
     assert (tmp_path / "train.bin").stat().st_size == 10
 
 
+def test_bytes_per_token_counts_utf8_and_skips_padding_and_ends(tmp_path, gpt2_files):
+    meta = char_meta("aé東")
+    tokens = token_file(tmp_path / "val.bin", [0, 0, 1, 2, 2], meta)
+    assert tokens.bytes_per_token() == (1 + 1 + 2 + 3 + 3) / 5
+    ids = BPETokenizer(GPT2).encode("Hello there<|endoftext|>")
+    tokens = token_file(tmp_path / "val.bin", [*ids, 50300, 50300], GPT2)
+    assert tokens.bytes_per_token() == len("Hello there") / 5
+
+
+@pytest.mark.parametrize("meta", [META | {"stoi": {"a": 7}}, GPT2, {"vocab_size": 100}])
+def test_bytes_per_token_are_none_where_they_are_not_known(tmp_path, monkeypatch, meta):
+    """Damaged tables; tiktoken's files not here; a meta.pkl of nanoGPT's that names nothing."""
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path / "nothing"))
+    assert token_file(tmp_path / "val.bin", [0] * 9, meta).bytes_per_token() is None
+
+
 def test_an_error_while_writing_leaves_what_was_there(tmp_path):
     write_dataset(tmp_path, META, train=[[1, 2, 3]], val=[[4]])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -84,7 +84,9 @@ def test_evaluation_is_the_mean_over_the_tokens_of_the_whole_split(launch, tiny)
     assert log("out")[-1]["val/loss"] == pytest.approx(expected, rel=1e-5)
     line = next(line for line in out.splitlines() if line.startswith("step 3: train loss "))
     perplexity = math.exp(expected)
-    assert line.endswith(f", val loss {expected:.4f}, perplexity {perplexity:.2f}")
+    bits = expected / math.log(2)  # of a byte, for its characters are one each
+    figures = f"perplexity {perplexity:.2f}, {bits:.3f} bits per byte"
+    assert line.endswith(f", val loss {expected:.4f}, {figures}")
 
 
 def test_a_bounded_evaluation_is_repeatable_and_spread_over_the_split(launch, tiny, monkeypatch):
