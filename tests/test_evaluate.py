@@ -67,6 +67,8 @@ def test_on_a_split_it_says_what_training_said(launch, trained, tiny):
     whole = losses[: len(losses) // 16 * 16].mean().item()  # train.py leaves out a shorter last one
     printed = re.findall(r"^step 20: .* val loss ([\d.]+)", trained, re.M)
     assert [float(each) for each in printed] == [pytest.approx(whole, abs=1e-4)]
+    [bits] = re.findall(r"^step 20: .* ([\d.]+) bits per byte", trained, re.M)
+    assert float(bits) == pytest.approx(whole / math.log(2), abs=1e-3)  # a byte per character
     shown = launch(evaluate, "--device=cpu", "--dataset=tiny", "--split=train")
     assert "train.bin: " in shown and "loss at position 9 to 16" in shown
 
@@ -100,7 +102,7 @@ def test_bits_per_byte_do_not_count_characters(launch, tiny, monkeypatch):
         (["--split=test"], "split=test: choose train or val"),
         (["--dataset=other"], "dataset other is encoded unlike the model's; give another"),
         (["--figures_file=short.txt/a"], "the folder of figures_file=short.txt: {}/short"),
-        (["--text=short.txt", "--dataset=tiny"], "give --text or --dataset, not both"),
+        (["--text=short.txt", "--dataset=tiny"], "give one of --text, --dataset and --tasks"),
     ],
 )
 def test_a_mistake_gets_its_line(launch, trained, tiny, arguments, line):

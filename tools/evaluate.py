@@ -3,10 +3,12 @@
     python tools/evaluate.py --out_dir=out-shakespeare-char
     python tools/evaluate.py --out_dir=out-shakespeare-char --text=play.txt --figures_file=play.json
     python tools/evaluate.py --init_from=gpt2 --dataset=openwebtext --split=val
+    python tools/evaluate.py --init_from=gpt2 --tasks=lambada_openai,hellaswag,wikitext
 
 Every token but the first is predicted once, in windows of block_size tokens that do not overlap;
 the last one may be shorter. Losses and bits are exact means over all of them. Compare models with
-different tokenizers by bits per byte, which do not depend on how long tokens are.
+different tokenizers by bits per byte, which do not depend on how long tokens are. Tasks are those
+of EleutherAI's lm-evaluation-harness, or YAML files that describe one (tools/harness.py).
 """
 
 import json
@@ -23,13 +25,14 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from configurator import configure  # noqa: E402
-from data.tokenizer import check_fits, read_meta  # noqa: E402
+from data.tokenizer import bytes_per_id, check_fits, read_meta  # noqa: E402
 from data.tokens import TokenFile, id_dtype, send  # noqa: E402
 from engine.fast import LOGITS_AT_ONCE, use_fast_parts  # noqa: E402
 from engine.folder import check_writable  # noqa: E402
 from engine.process import (  # noqa: E402
     UserError,
     atomic,
+    import_extra,
     one_line_errors,
     user_error,
     user_path,
@@ -45,6 +48,9 @@ checkpoint_file: str | None = None  # such as best.pt or last.pt; None: ckpt.pt
 dataset = ""                        # name of a folder in data/; empty: the one trained on
 split = "val"                       # train or val
 text = ""                           # a UTF-8 file, instead of a dataset
+# Tasks
+tasks = ""                          # of lm-evaluation-harness, such as lambada_openai,hellaswag
+examples = 0                        # of each task at most; 0: all
 # Output
 figures_file = ""                   # file for the figures, as JSON
 # System
@@ -52,7 +58,7 @@ batch_size = 8                      # windows at once
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16
 
-RANGES = {"batch_size": (1, 2**31)}
+RANGES = {"batch_size": (1, 2**31), "examples": (0, 2**31)}
 
 
 def open_tokens(tokenizer, vocab_size, trained_on):
@@ -136,39 +142,37 @@ def evaluate(model, tokens, lengths, runtime):
     return figures
 
 
-def show(figures):
-    for name, value in figures.items():
-        digits = ",.4f" if isinstance(value, float) else ","
-        print(f"{name:>28}  {value:{digits}}")
-
-
-def bytes_of(tokenizer, vocab_size):
-    """Return how many bytes of text each id stands for, (V,): end-of-text and padding none."""
-    pieces = [tokenizer.decode_bytes([token]) for token in range(tokenizer.vocab_size)]
-    if tokenizer.eot is not None:
-        pieces[tokenizer.eot] = b""
-    return F.pad(torch.tensor([len(piece) for piece in pieces]), (0, vocab_size - len(pieces)))
+def judge_text(model, tokenizer, trained_on, runtime):
+    """Return the figures of the model on a split or on a text."""
+    if not (text or dataset or trained_on):
+        raise UserError("give --dataset=NAME or --text=FILE")
+    tokens = open_tokens(tokenizer, model.config.vocab_size, trained_on)
+    print(f"{text or tokens.path}: {len(tokens.ids):,} tokens")
+    lengths = torch.tensor(bytes_per_id(tokenizer, model.config.vocab_size))
+    return evaluate(model, tokens, lengths, runtime)
 
 
 @one_line_errors
 def main(config):
     if split not in ("train", "val"):
         raise UserError(f"split={split}: choose train or val")
-    if text and dataset:
-        raise UserError("give --text or --dataset, not both")
+    if sum(map(bool, (text, dataset, tasks))) > 1:
+        raise UserError("give one of --text, --dataset and --tasks")
     if figures_file:
         check_writable(user_path(figures_file).parent, "the folder of figures_file")
     runtime = start_runtime(device, dtype, False)
     model, tokenizer, trained_on = load(init_from, out_dir, checkpoint_file, runtime.device)
-    shape = model.config
-    check_fits(tokenizer, shape.vocab_size)
-    if not (text or dataset or trained_on):
-        raise UserError("give --dataset=NAME or --text=FILE")
-    tokens = open_tokens(tokenizer, shape.vocab_size, trained_on)
-    use_fast_parts(model, runtime.device)
-    print(f"{text or tokens.path}: {len(tokens.ids):,} tokens, in windows of {shape.block_size}")
-    figures = evaluate(model.eval(), tokens, bytes_of(tokenizer, shape.vocab_size), runtime)
-    show(figures)
+    check_fits(tokenizer, model.config.vocab_size)
+    use_fast_parts(model.eval(), runtime.device)
+    if tasks:
+        import_extra("lm_eval", "eval")
+        from tools.harness import run_tasks
+
+        figures = run_tasks(model, tokenizer, runtime, tasks.split(","), batch_size, examples)
+    else:
+        figures = judge_text(model, tokenizer, trained_on, runtime)
+    for name, value in figures.items():
+        print(f"{name:>28}  {round(value, 4):,}")
     if figures_file:
         with user_error(figures_file, OSError), atomic(user_path(figures_file)) as file:
             file.write(json.dumps(figures, indent=2).encode())
