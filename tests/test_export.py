@@ -9,6 +9,7 @@ import sample
 import train
 from data.tokenizer import GPT2, BPETokenizer, CharTokenizer, char_meta
 from data.tokens import write_dataset
+from engine.gguf import save_gguf
 from engine.huggingface import save_model
 from model import GPT, GPTConfig
 from tools import export
@@ -130,7 +131,7 @@ def test_a_checkpoint_to_share_samples_alike_and_does_not_resume(launch, trained
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        ([], "give --folder=FOLDER or --checkpoint=FILE to write to"),
+        ([], "give --folder=FOLDER, --checkpoint=FILE or --gguf=FILE to write to"),
         (["--folder=full"], "--folder=full holds something already; give a new one"),
         (["--folder=hf", "--dtype=int8"], "dtype=int8: choose float32, bfloat16 or float16"),
         (["--folder=hf", "--out_dir=alibi"], "position=alibi: transformers has no such model"),
@@ -138,6 +139,9 @@ def test_a_checkpoint_to_share_samples_alike_and_does_not_resume(launch, trained
         (["--checkpoint=out/ckpt.pt"], "--checkpoint=out/ckpt.pt exists already; give a new name"),
         (["--checkpoint=no/a.pt"], "no/a.pt: No such file or directory"),
         (["--checkpoint=a.pt", "--init_from=gpt2"], "init_from=gpt2: --checkpoint needs one"),
+        (["--gguf=out/ckpt.pt"], "--gguf=out/ckpt.pt exists already; give a new name"),
+        (["--gguf=no/a.gguf"], "no/a.gguf: No such file or directory"),
+        (["--gguf=hf", "--out_dir=alibi"], "position=alibi: llama.cpp has no such model of ours"),
     ],
 )
 def test_a_mistake_gets_its_line(launch, trained, tiny, arguments, line):
@@ -187,3 +191,79 @@ def test_a_folder_with_other_characters_is_not_trained_on(launch, trained, tiny)
     write_dataset(tiny / "data" / "other", char_meta(letters), train=[ids], val=[ids])
     with pytest.raises(SystemExit, match="dataset other is encoded unlike the model in hf"):
         launch(train, *TINY, "--dataset=other", "--init_from=hf", "--max_iters=2")
+
+
+# --- llama.cpp -----------------------------------------------------------------------------------
+
+
+def to_file(model, characters, dtype="float32"):
+    """Write `model` to model.gguf, as export.py does with a tokenizer of characters."""
+    tokens = [character.encode() for character in characters]
+    save_gguf("model.gguf", vars(model.config), model.state_dict(), dtype, tokens, None, None)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_gguf_file_holds_each_weight_under_llama_cpps_name(tmp_path, monkeypatch, bias, dtype):
+    gguf = pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    model = large_weights(vocab_size=12, bias=bias)  # 12 - 9 are padding
+    to_file(model, LETTERS, dtype)
+    reader = gguf.GGUFReader("model.gguf")
+    found = {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+    state, kind = model.state_dict(), export.DTYPES[dtype]
+    assert len(found) == 2 * 12 + 4 and "output.weight" not in found
+    wte = state["transformer.wte.weight"][: len(LETTERS)]
+    assert torch.equal(found["token_embd.weight"], wte.to(kind).float())
+    assert torch.equal(found["position_embd.weight"], state["transformer.wpe.weight"])
+    for part, theirs in {"attn.c_attn": "attn_qkv", "mlp.c_proj": "ffn_down"}.items():
+        weight = state[f"transformer.h.1.{part}.weight"]
+        assert torch.equal(found[f"blk.1.{theirs}.weight"], weight.to(kind).float())
+        zeros = torch.zeros(len(weight))
+        expected = state.get(f"transformer.h.1.{part}.bias", zeros)
+        assert torch.equal(found[f"blk.1.{theirs}.bias"], expected)
+
+
+@pytest.mark.parametrize("shape", CASES[:3], ids=lambda shape: "-".join(shape) or "plain")
+def test_llama_cpp_computes_the_same_from_characters(tmp_path, monkeypatch, shape):
+    """Logits to 0.3 % of the largest: llama.cpp's GELU is a table of the tanh form in 16 bits."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    monkeypatch.chdir(tmp_path)
+    model = large_weights(vocab_size=12, **{"bias": False} | shape)
+    to_file(model, LETTERS)
+    llama = llama_cpp.Llama("model.gguf", n_ctx=16, logits_all=True, verbose=False)
+    text = "ab\né東 ccd"
+    ids = llama.tokenize(text.encode(), add_bos=False)
+    assert ids == CharTokenizer(char_meta(LETTERS)).encode(text)
+    assert llama.detokenize(ids).decode() == text and llama.token_eos() == -1
+    llama.eval(ids)
+    with torch.no_grad():
+        logits = model(torch.tensor([ids]), torch.tensor([ids]))[0][0, :, : len(LETTERS)]
+    scores = torch.tensor(llama.scores[: len(ids)])
+    torch.testing.assert_close(scores, logits, atol=0.003 * logits.abs().max().item(), rtol=0)
+
+
+def test_llama_cpp_writes_greedily_what_sample_writes(launch, trained):
+    llama_cpp = pytest.importorskip("llama_cpp")
+    trained()
+    launch(export, "--gguf=model.gguf")
+    options = "--start=3 plus", "--temperature=0", "--num_samples=1", "--max_new_tokens=8"
+    text = launch(sample, "--device=cpu", *options).split("\n----")[0]
+    llama = llama_cpp.Llama("model.gguf", n_ctx=16, verbose=False)
+    written = llama.create_completion("3 plus", max_tokens=8, temperature=0)
+    assert "3 plus" + written["choices"][0]["text"] == text
+
+
+def test_llama_cpp_reads_gpt2s_tokens(tmp_path, monkeypatch, gpt2_files):
+    """Its vocabulary, merges and end-of-text; the 47 ids of padding are left out."""
+    llama_cpp = pytest.importorskip("llama_cpp")
+    monkeypatch.chdir(tmp_path)
+    tokenizer = BPETokenizer(GPT2)
+    model = large_weights(vocab_size=50304, bias=False)
+    monkeypatch.setattr(sample, "load", lambda *_: (model, tokenizer, ""))
+    export.export_gguf(tmp_path / "model.gguf")
+    llama = llama_cpp.Llama("model.gguf", n_ctx=16, verbose=False)
+    assert llama.n_vocab() == 50257 and llama.token_eos() == llama.token_bos() == 50256
+    for text in ("Hello there, it's  1234 é東\n\n  x", "<|endoftext|>a"):
+        ids = llama.tokenize(text.encode(), add_bos=False, special=True)
+        assert ids == tokenizer.encode(text)
