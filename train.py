@@ -48,6 +48,7 @@ dataset = "openwebtext"             # name of a folder in data/
 gradient_accumulation_steps = 5 * 8 # micro-batches per step, over all processes
 batch_size = 12                     # sequences per micro-batch
 block_size = 1024                   # tokens of context
+sampling = "random"                 # windows: random, or each once per epoch: epochs
 # Model
 n_layer = 12                        # transformer blocks
 n_head = 12                         # attention heads per block
@@ -98,6 +99,7 @@ RANGES = {  # setting -> the least, and what it must stay below
     "seed": (0, 2**63),
 }
 CHOICES = {
+    "sampling": ("random", "epochs"),
     "position": ("learned", "rotary", "alibi"),
     "optimizer": ("adamw", "muon"),
     "lr_schedule": ("cosine", "linear"),
@@ -260,8 +262,9 @@ def train_step(model, state, batches, step, runtime):
         scaler.scale(loss).backward()
         mean_loss += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
-    grad_norm = unshard(grad_norm)
+    grad_norm = unshard(
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+    )
     # On CPU and CUDA the fused AdamW itself does nothing where found_inf is 1; else read it here.
     optimizer.found_inf = (~grad_norm.isfinite()).float()
     if runtime.device.type in ("cpu", "cuda") or not optimizer.found_inf:  # mps: syncs the device

@@ -152,18 +152,23 @@ class StepSizes:
         first = start * self.sequences
         return max(1, math.ceil(first + (self.sequences - first) * step / ramp))
 
+    def sequences_until(self, step):
+        """Return the number of sequences of all steps before `step`."""
+        grown = min(step, len(self.growing) - 1)
+        return self.growing[grown] + (step - grown) * self.sequences
+
     def tokens_until(self, step):
         """Return the number of tokens of all steps before `step`."""
-        grown = min(step, len(self.growing) - 1)
-        return (self.growing[grown] + (step - grown) * self.sequences) * self.block_size
+        return self.sequences_until(step) * self.block_size
 
 
 class Batches(StepSizes):
     """The training sequences of each step, for one rank, prepared one step ahead in a thread.
 
-    The windows of step s are drawn by a generator keyed by (seed, s), whatever ran before and
-    however many processes share them, in the order of their ranks: equally, or to within one
-    sequence while their number grows.
+    The windows of step s are a function of (seed, s), whatever ran before and however many
+    processes share them, in the order of their ranks: equally, or to within one sequence while
+    their number grows. `sampling` says which they are: "random", each drawn by itself; or "epochs",
+    each window once per epoch, in an order drawn anew.
     """
 
     def __init__(self, tokens, config, runtime):
@@ -187,17 +192,67 @@ class Batches(StepSizes):
         self.ahead = {step + 1: self.pool.submit(self.draw, step + 1)}
         return future.result()
 
+    def starts(self, step):
+        """Return where the sequences of `step` begin in the file, for all ranks."""
+        seed, size, count = self.config["seed"], len(self.tokens.ids), self.sequences_at(step)
+        if self.config["sampling"] == "epochs":
+            first = self.sequences_until(step)
+            return in_epochs(np.arange(first, first + count), size, self.block_size, seed)
+        return np.random.default_rng([seed, step]).integers(size - self.block_size, size=count)
+
     def draw(self, step):
         sequences, world_size = self.sequences_at(step), self.runtime.world_size
-        length = self.block_size + 1
-        starts = np.random.default_rng([self.config["seed"], step]).integers(
-            len(self.tokens.ids) - length + 1, size=sequences
-        )
-        shares = np.array_split(starts, world_size)
-        windows = self.tokens.windows(shares[self.runtime.rank], length)
+        shares = np.array_split(self.starts(step), world_size)
+        windows = self.tokens.windows(shares[self.runtime.rank], self.block_size + 1)
         if self.runtime.device.type == "cuda":
             torch.cuda.set_device(self.runtime.device)  # a new thread starts on device 0
             windows = windows.pin_memory()  # makes the copy to the device asynchronous
         # As many micro-batches on every rank, for sharded weights want them all, and none is empty.
         needed = -(-sequences // (world_size * self.config["batch_size"]))  # rounded up
         return windows.tensor_split(min(needed, len(shares[-1])))
+
+
+# --- each window once ----------------------------------------------------------------------------
+
+
+def in_epochs(numbers, size, block_size, seed):
+    """Return where the windows called `numbers` (N) begin in `size` ids.
+
+    An epoch has each window once, in an order of its own. They lie side by side, and where the
+    first begins is drawn too, so that each epoch cuts the text elsewhere.
+    """
+    count = max(1, (size - block_size) // block_size)  # windows that fit wherever the first begins
+    starts = np.empty_like(numbers)
+    for epoch in np.unique(numbers // count):
+        mine = numbers // count == epoch
+        generator = np.random.default_rng([seed, epoch, 1])  # two numbers key a step
+        offset = generator.integers(min(block_size, size - count * block_size))
+        keys = generator.integers(2**63, size=6, dtype=np.uint64)
+        starts[mine] = offset + permute(numbers[mine] % count, count, keys) * block_size
+    return starts
+
+
+def permute(numbers, size, keys):
+    """Return where a permutation of 0 to size - 1, drawn by `keys`, puts `numbers` (N).
+
+    A Feistel network permutes the numbers below the next power of 4, and what comes out beyond size
+    goes in again (Black and Rogaway 2002, section 3), so that no table of the order is needed.
+    """
+    half = np.uint64(max(1, (int(size - 1).bit_length() + 1) // 2))
+    low = (np.uint64(1) << half) - np.uint64(1)
+    result = numbers.astype(np.uint64)
+    beyond = np.ones(len(numbers), dtype=bool)
+    while beyond.any():
+        left, right = result[beyond] >> half, result[beyond] & low
+        for key in keys:
+            left, right = right, left ^ (scramble(right + key) & low)
+        result[beyond] = left << half | right
+        beyond = result >= size
+    return result.astype(np.int64)
+
+
+def scramble(x):
+    """Return 64 bits that look drawn anew for each of `x` (splitmix64, Steele et al. 2014)."""
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)

@@ -20,6 +20,7 @@ class Log:
         self.model, self.max_iters, self.runtime = model, max_iters, runtime
         self.path = self.wandb = None  # until they are opened
         self.bytes_per_token = None  # of the text to evaluate on, where it is known
+        self.tokens_per_epoch = math.inf  # of the text to train on
         self.waiting = []  # lines that found no room on the disk yet
 
     def open(self, path, step, config):
@@ -93,9 +94,11 @@ class Log:
         say(f"hardware: {self.runtime.about}")
         say(f"data: {dataset}, {sizes} tokens, vocabulary {model.config.vocab_size:,}")
         say(f"model: {millions:.2f}M parameters, {megaflops:,.0f} MFLOPs per token")
+        self.tokens_per_epoch = len(data["train"].ids)
         first, last = (tokens_until(n + 1) - tokens_until(n) for n in (step, self.max_iters))
         each = f"{first:,} to {last:,}" if first < last else f"{last:,}"
-        say(f"steps: {step} to {self.max_iters}, of {each} tokens each")
+        epochs = tokens_until(self.max_iters) / self.tokens_per_epoch
+        say(f"steps: {step} to {self.max_iters}, of {each} tokens each, {epochs:.3g} epochs in all")
 
     def evaluation(self, step, losses):
         """Print and record the mean loss of each split, if there was an evaluation.
@@ -135,8 +138,9 @@ class Log:
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}, "
             f"norm {grad_norm:.2f}, {left} left"
         )
-        entry = {"iter": step, "loss": loss, "grad_norm": grad_norm, "ms": seconds * 1000}
-        self.record({**entry, "lr": lr, "tokens_per_second": rate, "mfu": mfu})
+        entry = {"iter": step, "loss": loss, "grad_norm": grad_norm, "ms": seconds * 1000, "lr": lr}
+        epoch = tokens_until(step + 1) / self.tokens_per_epoch
+        self.record({**entry, "tokens_per_second": rate, "mfu": mfu, "epoch": epoch})
 
     def progress(self, step):
         """Show on a terminal that a step without a line of its own was made."""

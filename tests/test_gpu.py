@@ -125,7 +125,7 @@ def test_batches_are_pinned_and_arrive_as_on_the_cpu(tiny):
     folder = tiny / "data" / "tiny"
     tokens = TokenFile(folder / "train.bin", read_meta(folder), 16)
     config = dict(batch_size=4, gradient_accumulation_steps=2, block_size=16, seed=0)
-    config |= dict(batch_ramp_iters=0, batch_ramp_start=0.5, max_iters=1)
+    config |= dict(batch_ramp_iters=0, batch_ramp_start=0.5, max_iters=1, sampling="random")
     ours, plain = (Batches(tokens, config, runtime)(0) for runtime in (gpu, cpu))
     for ids, expected in zip(ours, plain, strict=True):
         assert ids.is_pinned() and not expected.is_pinned()

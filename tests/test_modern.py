@@ -185,9 +185,11 @@ GROWING = [*TINY, *"--gradient_accumulation_steps=2 --batch_ramp_iters=5".split(
 GROWING += "--batch_ramp_start=0.3 --lr_decay_iters=8 --log_interval=1".split()
 
 
-def test_a_run_whose_batch_grows_goes_on_exactly(launch, tiny):
-    launch(train, *GROWING, "--dropout=0.1", "--max_iters=8", "--out_dir=straight")
-    launch(train, *GROWING, "--dropout=0.1", "--max_iters=3", "--out_dir=resumed")
+@pytest.mark.parametrize("sampling", ["random", "epochs"])
+def test_a_run_whose_batch_grows_goes_on_exactly(launch, tiny, sampling):
+    options = *GROWING, "--dropout=0.1", f"--sampling={sampling}"
+    launch(train, *options, "--max_iters=8", "--out_dir=straight")
+    launch(train, *options, "--max_iters=3", "--out_dir=resumed")
     launch(train, "--init_from=resume", "--out_dir=resumed", "--max_iters=8")
     assert_equal(load("straight/ckpt.pt"), load("resumed/ckpt.pt"))
     assert losses("straight") == losses("resumed")

@@ -10,7 +10,7 @@ import torch
 from conftest import TEXT
 
 from data.tokenizer import GPT2, BPETokenizer, CharTokenizer, char_meta, make_tokenizer, read_meta
-from data.tokens import Batches, TokenFile, send, write_dataset
+from data.tokens import Batches, TokenFile, permute, send, write_dataset
 from engine.process import UserError, atomic
 from engine.runtime import Runtime
 
@@ -119,23 +119,25 @@ def test_windows_to_evaluate_on_are_all_or_evenly_spaced(tmp_path):
 def draw_from(tokens, runtime=CPU, batch_size=4, **given):
     config = dict(batch_size=batch_size, gradient_accumulation_steps=12 // batch_size)
     config |= dict(block_size=4, seed=1337, batch_ramp_iters=0, batch_ramp_start=0.5, max_iters=99)
+    config |= dict(sampling="random")
     return Batches(tokens, config | given, runtime)
 
 
 GROWING = dict(batch_ramp_iters=8, batch_ramp_start=1 / 3)  # 4, 5, ... 12, 12 sequences
 
 
-def test_a_step_reads_the_same_sequences_whoever_asks_when(tmp_path):
+@pytest.mark.parametrize("sampling", ["random", "epochs"])
+def test_a_step_reads_the_same_sequences_whoever_asks_when(tmp_path, sampling):
     tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
-    straight = draw_from(tokens)
+    straight = draw_from(tokens, sampling=sampling)
     expected = [torch.cat(straight(step)).tolist() for step in range(6)]
-    again = draw_from(tokens)
+    again = draw_from(tokens, sampling=sampling)
     for step in (5, 2, 2, 3):
         assert torch.cat(again(step)).tolist() == expected[step]
-    other = draw_from(tokens, seed=1338)
+    other = draw_from(tokens, seed=1338, sampling=sampling)
     assert torch.cat(other(0)).tolist() != expected[0] != expected[1]
     for world_size in (2, 3, 4):
-        shares = [draw_from(tokens, run)(5) for run in ranks(world_size)]
+        shares = [draw_from(tokens, run, sampling=sampling)(5) for run in ranks(world_size)]
         assert torch.cat([torch.cat(share) for share in shares]).tolist() == expected[5]
         assert len({sum(map(len, share)) for share in shares}) == 1
         assert max(len(micro_batch) for share in shares for micro_batch in share) <= 4
@@ -175,6 +177,49 @@ def test_a_growing_step_reaches_its_size_and_the_tokens_add_up(tmp_path):
         for last in range(first, 12):
             expected = 4 * sum(map(growing.sequences_at, range(first, last)))
             assert growing.tokens_until(last) - growing.tokens_until(first) == expected
+
+
+@pytest.mark.parametrize("growing", [{}, GROWING])
+def test_an_epoch_has_each_window_once_in_another_order_from_another_start(tmp_path, growing):
+    meta = {"vocab_size": 203}
+    tokens = token_file(tmp_path / "train.bin", np.arange(203), meta)  # 49 windows of 4
+    batches = draw_from(tokens, sampling="epochs", **growing)
+    rows = torch.cat([torch.cat(batches(step)) for step in range(17)])
+    epochs = [rows[49 * epoch : 49 * (epoch + 1)] for epoch in range(3)]
+    starts = [epoch[:, 0].tolist() for epoch in epochs]
+    offsets = [min(each) for each in starts]
+    for offset, each, epoch in zip(offsets, starts, epochs, strict=True):
+        assert sorted(each) == list(range(offset, offset + 4 * 49, 4)) != each
+        assert (epoch == epoch[:, :1] + torch.arange(5)).all()
+    assert len(set(offsets)) > 1 and offsets[0] < 4
+    orders = [[(start - min(each)) // 4 for start in each] for each in starts]
+    assert orders[0] != orders[1] != orders[2]
+
+
+@pytest.mark.parametrize("size", range(5, 24))
+def test_epochs_of_the_smallest_files_stay_inside(tmp_path, size):
+    tokens = token_file(tmp_path / "train.bin", np.arange(size))
+    batches = draw_from(tokens, sampling="epochs")
+    rows = torch.cat([torch.cat(batches(step)) for step in range(9)])
+    assert (rows == rows[:, :1] + torch.arange(5)).all() and rows.max() < size
+
+
+@pytest.mark.parametrize("size", [*range(1, 40), 255, 256, 257, 1000])
+def test_permute_is_a_permutation_that_its_keys_choose(size):
+    def order(seed):
+        keys = np.random.default_rng(seed).integers(2**63, size=6, dtype=np.uint64)
+        return permute(np.arange(size), size, keys).tolist()
+
+    assert sorted(order(1)) == list(range(size))
+    assert size < 6 or order(1) != order(2)
+
+
+def test_a_permutation_of_ten_billion_takes_no_memory_and_spreads_neighbours():
+    keys = np.random.default_rng(0).integers(2**63, size=6, dtype=np.uint64)
+    places = permute(np.arange(20_000), 10**10, keys)
+    assert places.min() >= 0 and places.max() < 10**10 and len(set(places.tolist())) == 20_000
+    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.05  # as of drawn numbers: 0.007
+    assert abs(places.mean() / 10**10 - 0.5) < 0.02
 
 
 def test_windows_are_runs_of_the_file_and_every_start_occurs(tmp_path):
