@@ -172,16 +172,19 @@ _caught = []  # numbers of the signals that came
 
 
 def catch_signals():
-    """Let SIGTERM, SIGINT and SIGUSR1 only set `caught_signal`; a second SIGINT kills at once."""
+    """Let SIGTERM, SIGINT, SIGHUP and SIGUSR1 only set `caught_signal`; a second SIGINT kills.
+
+    SIGHUP, the terminal is gone, stays ignored under nohup.
+    """
 
     def note(number, frame):
         _caught.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
 
     _caught.clear()
-    for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-        if hasattr(signal, name):  # Windows has no SIGUSR1
-            number = getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"):
+        number = getattr(signal, name, None)  # Windows has not all of them
+        if number and (name != "SIGHUP" or signal.getsignal(number) != signal.SIG_IGN):
             before = signal.signal(number, note)
             at_end.append(partial(signal.signal, number, before))
 

@@ -103,12 +103,12 @@ def start(tiny):
     shutil.copy(ROOT / "train.py", tiny)
     started = []
 
-    def run(*arguments, processes=1, options=(), script="train.py", stdout=subprocess.PIPE):
+    def run(*arguments, processes=1, options=(), script="train.py", **how):
         env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         several = [*TORCHRUN, f"--nproc_per_node={processes}", *options]
         command = [*(several if processes > 1 else [sys.executable]), script, *arguments]
-        pipes = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True}
-        started.append(subprocess.Popen(command, env=env, cwd=tiny, **pipes))
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=env, cwd=tiny, **(pipes | how)))
         return started[-1]
 
     yield run

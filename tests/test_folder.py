@@ -85,11 +85,13 @@ def test_kill_9_at_any_moment_costs_nothing(start, finish, tiny):
 # --- signals -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(
     launch, tiny, monkeypatch, capsys, name
 ):
     number, before = getattr(signal, name), signal.getsignal(getattr(signal, name))
+    if before == signal.SIG_IGN:
+        pytest.skip(f"{name} is ignored here, as under nohup")
     options = *TINY, "--max_iters=6", "--eval_interval=4", "--dropout=0.2"
     launch(train, *options, "--out_dir=straight")
     with monkeypatch.context() as patch:
@@ -135,6 +137,28 @@ def slow(model, state, batches, number, runtime):
 train.train_step = slow
 train.main(configure(vars(train)))
 """
+
+
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_run_whose_terminal_goes_saves_and_under_nohup_goes_on(start, tiny, nohup):
+    import fcntl
+    import termios
+
+    def own_the_terminal():
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if nohup else signal.SIG_DFL)
+
+    ours, terminal = os.openpty()
+    streams = {"stdin": terminal, "stdout": terminal, "stderr": terminal}
+    session = {"start_new_session": True, "preexec_fn": own_the_terminal}
+    process = start(*TINY, "--max_iters=300", **streams, **session)
+    os.close(terminal)
+    shown = b""
+    while b"iter 2:" not in shown:
+        shown += os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait(timeout=60) == (0 if nohup else 128 + signal.SIGHUP)
+    assert (load("out/ckpt.pt")["iter_num"] == 300) == nohup
 
 
 def test_a_second_interrupt_stops_at_once(start, tiny):
