@@ -1,20 +1,26 @@
 """Tokenizers: text to ids and back, as the `meta` of a dataset or of a checkpoint describes.
 
 Beside its token files a dataset has a meta.pkl, nanoGPT's too: the size of the vocabulary, and for
-characters the tables `stoi` and `itos`. Without that file it is in GPT-2's BPE.
+characters the tables `stoi` and `itos`; for byte pairs of its own (BPE) the list `pairs`, tokens in
+the order in which they were made. Without that file it is in GPT-2's BPE.
 """
 
+import json
 import os
 import pickle
 import tempfile
 import unicodedata
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
 from pathlib import Path
 
-from engine.process import UserError, reason
+from engine.process import UserError, import_extra, reason, user_error
 
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50304}  # 50,257 padded to a multiple of 64 for speed
+# What BPE of one's own never joins: words with the space before them, three digits, marks, a line
+# break with what is blank before it, blanks. GPT-2's leaves each space of an indentation apart.
+WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*\n|\s+(?!\S)|\s+"
 
 
 class PlainUnpickler(pickle._Unpickler):  # the C one takes gigabytes for a damaged memo index
@@ -34,6 +40,8 @@ def read_meta(folder):
             raise UserError(f"its vocab_size is {meta['vocab_size']!r}")
         if "stoi" in meta:
             CharTokenizer(meta)
+        if "pairs" in meta:
+            open_encoding(meta)
         return meta
     except Exception as fault:  # garbage can raise anything, but it runs nothing
         why = reason(fault)
@@ -85,14 +93,56 @@ class CharTokenizer:
         return "".join(self.itos[i] for i in ids).encode()
 
 
+def bpe_meta(pairs):
+    """Return the meta of a dataset in a BPE of its own: the bytes, then `pairs`, then the end."""
+    tokens = [token.decode("latin-1") for token in pairs]  # plain data for meta.pkl and ckpt.pt
+    return {"tokenizer": "own", "pairs": tokens, "vocab_size": 256 + len(pairs) + 1}
+
+
+def train_bpe(texts, size):
+    """Return the meta of a BPE of at most `size` tokens, made for `texts`, an iterable of str.
+
+    The two tokens that stand side by side most often become one, again and again (Sennrich et al.
+    2016, arXiv:1508.07909), on bytes, so that no text is unknown (GPT-2).
+    """
+    library = import_extra("tokenizers", "bpe")
+    words = library.pre_tokenizers.Split(library.Regex(WORDS), behavior="isolated")
+    level = library.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made = library.Tokenizer(library.models.BPE())
+    made.pre_tokenizer = library.pre_tokenizers.Sequence([words, level])
+    options = {"initial_alphabet": level.alphabet(), "show_progress": False}
+    made.train_from_iterator(texts, library.trainers.BpeTrainer(vocab_size=size - 1, **options))
+    # The library writes a byte as a character: itself where that can be printed, else one beyond.
+    printed = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in printed]
+    byte_of = {chr(byte): byte for byte in printed}
+    byte_of |= {chr(256 + place): byte for place, byte in enumerate(hidden)}
+    merges = json.loads(made.to_str())["model"]["merges"]
+    return bpe_meta([bytes(byte_of[each] for each in "".join(pair)) for pair in merges])
+
+
+def open_encoding(meta):
+    """Return tiktoken's encoding that `meta` names, or that of a BPE of its own."""
+    import tiktoken  # here, because characters need neither it nor its files
+
+    if "pairs" not in meta:
+        return tiktoken.get_encoding(meta["tokenizer"])
+    tokens = [bytes([byte]) for byte in range(256)]
+    with user_error("its pairs", TypeError, AttributeError, UnicodeError):
+        tokens += [token.encode("latin-1") for token in meta["pairs"]]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    if len(ranks) + 1 != meta["vocab_size"]:
+        raise UserError("its tokens are not as many as it says, or one is there twice")
+    end = {"<|endoftext|>": len(tokens)}
+    return tiktoken.Encoding("own", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=end)
+
+
 class BPETokenizer:
-    """The tiktoken encoding that `meta` names."""
+    """The tiktoken encoding that `meta` names, or one of its own."""
 
     def __init__(self, meta):
-        import tiktoken  # here, because characters need neither it nor its files
-
         try:
-            self.encoding = tiktoken.get_encoding(meta["tokenizer"])
+            self.encoding = open_encoding(meta)
         except (OSError, ValueError) as fault:  # no network, no such encoding
             why = str(fault).partition("\n")[0].partition("(")[0]
             raise UserError(
@@ -124,6 +174,24 @@ class BPETokenizer:
             return b""
 
 
+def make_meta(name, texts):
+    """Return the meta of a dataset of these texts, an iterable of str, in the tokenizer `name`.
+
+    That is char, bytes, bpe:SIZE, gpt2 or another of tiktoken's encodings.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "char":
+        return char_meta(chain.from_iterable(texts))
+    if kind == "bytes":
+        return bpe_meta([])
+    if kind == "bpe":
+        if not (size.isdigit() and int(size) > 257):
+            raise UserError(f"tokenizer={name}: give a size, as in bpe:8192, above 257")
+        return train_bpe(texts, int(size))
+    meta = {"tokenizer": name, "vocab_size": 0}
+    return GPT2 if name == "gpt2" else {**meta, "vocab_size": make_tokenizer(meta).vocab_size}
+
+
 def make_tokenizer(meta):
     """Return the tokenizer that `meta`, of a dataset or a checkpoint, describes."""
     if not meta.keys() & {"tokenizer", "stoi"}:
@@ -134,7 +202,9 @@ def make_tokenizer(meta):
 def at_hand(meta):
     """Return whether the tokenizer of `meta` can be made without a download."""
     cache = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
-    return "stoi" in meta or ("tokenizer" in meta and Path(cache).is_dir())
+    if meta.keys() & {"stoi", "pairs"}:
+        return True
+    return "tokenizer" in meta and Path(cache).is_dir()
 
 
 def bytes_per_id(tokenizer, vocab_size):

@@ -7,7 +7,7 @@ from conftest import TINY, assert_equal, load, losses
 
 import sample
 import train
-from data.tokenizer import GPT2, BPETokenizer, CharTokenizer, char_meta
+from data.tokenizer import GPT2, BPETokenizer, CharTokenizer, bpe_meta, char_meta
 from data.tokens import write_dataset
 from engine.gguf import save_gguf
 from engine.huggingface import save_model
@@ -90,6 +90,15 @@ def test_characters_are_the_same_ids_there(tmp_path):
     export.save_tokenizer(tmp_path, tokenizer, 16)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "bad é\n東 cab\n\n a"
+    assert theirs(text).input_ids == tokenizer.encode(text)
+    assert theirs.decode(tokenizer.encode(text)) == text
+
+
+def test_byte_pairs_of_ones_own_are_the_same_ids_there(tmp_path):
+    tokenizer = BPETokenizer(bpe_meta([b" a", b"  ", b"    ", b"\xc3\xa9", b"ab", b" ab"]))
+    export.save_tokenizer(tmp_path, tokenizer, 1024)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    text = "  ab ab      é 東\n\n   12345<|endoftext|>x"
     assert theirs(text).input_ids == tokenizer.encode(text)
     assert theirs.decode(tokenizer.encode(text)) == text
 

@@ -20,7 +20,7 @@ from conftest import ROOT, TEXT, TINY, Payload
 import bench
 import sample
 import train
-from data.tokenizer import char_meta, read_meta
+from data.tokenizer import bpe_meta, char_meta, read_meta
 from data.tokens import TokenFile
 from model import GPT, GPTConfig
 
@@ -293,6 +293,15 @@ AGAIN = "prepare it again"
         (
             lambda: meta(stoi=None),
             f"{NO_META} (AttributeError: 'NoneType' object has no attribute 'get'); {AGAIN}",
+        ),
+        (
+            lambda: put(META, pickle.dumps(bpe_meta([b"ab"]) | {"vocab_size": 300})),
+            f"{NO_META} (its tokens are not as many as it says, or one is there twice); {AGAIN}",
+        ),
+        (
+            lambda: put(META, pickle.dumps(bpe_meta([b"ab"]) | {"pairs": ["\u6771"]})),
+            f"{NO_META} (its pairs: UnicodeEncodeError: 'latin-1' codec can't encode character "
+            f"'\\u6771' in position 0: ordinal not in range(256)); {AGAIN}",
         ),
         (
             lambda: meta(extra=Payload()),

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED, TEXT
 
-from data.tokenizer import GPT2, BPETokenizer, make_tokenizer, read_meta
+from data.tokenizer import GPT2, BPETokenizer, make_meta, make_tokenizer, read_meta
 
 
 @pytest.fixture
@@ -91,6 +91,55 @@ def test_own_text_becomes_characters(prepare, tmp_path):
     tokenizer = make_tokenizer(read_meta(tmp_path / "own"))
     assert tokenizer.decode_bytes(ids).decode() == TEXT + "äöü"
     assert len(read(tmp_path / "own" / "train.bin")) == int(0.9 * len(TEXT + "äöü"))
+
+
+@pytest.mark.parametrize("tokenizer, size", [("bytes", 257), ("bpe:300", 300), ("bpe:9999", None)])
+def test_own_text_becomes_bytes_or_byte_pairs_of_its_own(prepare, tmp_path, tokenizer, size):
+    """No file of tiktoken's is read, and no character is unknown."""
+    text = "".join(f"def f{n}():\n    return {n * 37} + 'äö 東'\n\n" for n in range(200))
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "in" / "b.txt").write_text("more", encoding="utf-8")
+    prepare("text", f"--input={tmp_path}/in", "--dataset=own", f"--tokenizer={tokenizer}")
+    meta = read_meta(tmp_path / "own")
+    assert size is None or meta["vocab_size"] == size
+    encoder = make_tokenizer(meta)
+    ids = read(tmp_path / "own" / "train.bin") + read(tmp_path / "own" / "val.bin")
+    assert encoder.decode_bytes(ids).decode() == f"{text}<|endoftext|>more<|endoftext|>"
+    assert ids[-1] == encoder.eot == meta["vocab_size"] - 1
+    assert tokenizer == "bytes" or len(ids) < 0.6 * len(text.encode())
+    strange = "漢字 \x00 ~<|endoftext|>"
+    assert encoder.decode_bytes(encoder.encode(strange)).decode() == strange
+
+
+def test_byte_pairs_are_those_of_the_library_that_made_them(monkeypatch):
+    """tiktoken, which reads them, gives the ids that tokenizers gives; longest words included."""
+    tokenizers = pytest.importorskip("tokenizers")
+    made = []
+    build = tokenizers.Tokenizer
+    monkeypatch.setattr(tokenizers, "Tokenizer", lambda *a: made.append(build(*a)) or made[-1])
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    encoder = make_tokenizer(make_meta("bpe:600", iter([text[:5000], text[5000:]])))
+    other = text.replace("nanoGPT", "Änderung  12345\n\n\t") + " don't"
+    pieces = [encoder.decode_bytes([token]) for token in encoder.encode(other)]
+    level = tokenizers.decoders.ByteLevel()
+    expected = [level.decode([token]).encode() for token in made[0].encode(other).tokens]
+    assert b"".join(pieces).decode() == other and len(pieces) == len(expected)
+    shown = zip(pieces, expected, strict=True)
+    assert all(ours == theirs for ours, theirs in shown if ours.isascii())
+
+
+def test_cutting_a_text_into_pieces_changes_no_token_of_its_own(prepare, tmp_path, monkeypatch):
+    script = importlib.import_module("data.text.prepare")
+    text = "def f():\n\n\n    return 1\nx = ...\n\n\t'a'  12345 b\n" * 30 + "end"
+    (tmp_path / "own.txt").write_text(text, encoding="utf-8")
+    options = f"--input={tmp_path}/own.txt", "--dataset=own", "--tokenizer=bpe:300"
+    found = []
+    for size in (50, 2**20):
+        monkeypatch.setattr(script, "PIECE", size)
+        prepare("text", *options)
+        found.append([read(tmp_path / "own" / f"{split}.bin") for split in ("train", "val")])
+    assert found[0] == found[1]
 
 
 def test_cutting_a_text_into_pieces_changes_no_token(prepare, tmp_path, monkeypatch, gpt2_files):
@@ -206,6 +255,8 @@ def test_each_of_several_files_ends_with_end_of_text(prepare, tmp_path, gpt2_fil
         (["--input=in.txt", "--dataset=../x"], "error: --dataset=../x: give a new name, of a "),
         (["--input=in.txt", "--dataset=own", "--tokenizer=gpt7"], "error: no tokenizer gpt7: "),
         (["--input=latin1.txt", "--dataset=own"], "error: latin1.txt is not UTF-8 text: "),
+        (["--input=in.txt", "--dataset=own", "--tokenizer=bpe"], "error: tokenizer=bpe: give a "),
+        (["--input=in.txt", "--dataset=own", "--tokenizer=bpe:9"], "error: tokenizer=bpe:9: give "),
     ],
 )
 def test_a_mistake_with_own_text_gets_a_line(prepare, tmp_path, monkeypatch, arguments, line):

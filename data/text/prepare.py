@@ -2,10 +2,13 @@
 
     python data/text/prepare.py --input=notes.txt --dataset=notes
     python data/text/prepare.py --input=novels/ --dataset=novels --tokenizer=gpt2
+    python data/text/prepare.py --input=code/ --dataset=code --tokenizer=bpe:8192
     python train.py config/train_shakespeare_char.py --dataset=notes --out_dir=out-notes
 
-Characters suit a small model trained from scratch; gpt2 suits finetuning and gigabytes. Text may be
-larger than memory, unless a gpt2 file has no spaces. Its end, a tenth, is for validation.
+Characters suit a small model trained from scratch; gpt2 suits finetuning and gigabytes. bpe:8192
+makes byte pairs for this text, 8,192 tokens, and stores them in the dataset; bytes needs no file of
+anyone's, and no character is unknown to it. Text may be larger than memory, unless a gpt2 file has
+no spaces. Its end, a tenth, is for validation.
 """
 
 import re
@@ -15,14 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
-from data.tokenizer import GPT2, char_meta, make_tokenizer  # noqa: E402
+from data.tokenizer import make_meta, make_tokenizer  # noqa: E402
 from data.tokens import write_dataset  # noqa: E402
 from engine.process import UserError, one_line_errors, user_error, user_path  # noqa: E402
 
 # Input
 input = ""                # a UTF-8 text file, or a folder: all .txt and .md files, sorted by path
 dataset = ""              # name of the dataset, a folder made in data/
-tokenizer = "char"        # char, gpt2, or another of tiktoken's encodings
+tokenizer = "char"        # char, bytes, bpe:SIZE, gpt2, or another of tiktoken's encodings
 val_fraction = 0.1        # share of the characters, at the end, that validates
 
 DATA = Path(__file__).resolve().parents[1]
@@ -49,6 +52,13 @@ def pieces(paths):
                     yield rest[: ends[-1]], False
                     rest = rest[ends[-1] :]
         yield rest, True
+
+
+def beginning(paths, end):
+    """Yield the text up to its character `end`, in pieces."""
+    for text, _ in pieces(paths):
+        yield text[:end]
+        end -= min(end, len(text))
 
 
 def encoded(paths, encoder, start, end):
@@ -79,19 +89,16 @@ def main(config):
         raise UserError(f"--input={input}: give a text file, or a folder with .txt or .md files")
     if folder.resolve().parent != DATA or (folder / "prepare.py").exists():
         raise UserError(f"--dataset={dataset}: give a new name, of a folder to be made in {DATA}")
-    count, characters = 0, set()
-    for text, _ in pieces(paths):
-        count += len(text)
-        characters.update(text if tokenizer == "char" else "")
+    count = sum(len(text) for text, _ in pieces(paths))
     print(f"{len(paths)} files, {count:,} characters")
-    meta = char_meta(characters) if tokenizer == "char" else {**GPT2, "tokenizer": tokenizer}
-    encoder, cut = make_tokenizer(meta), int((1 - val_fraction) * count)
-    meta["vocab_size"] = GPT2["vocab_size"] if tokenizer == "gpt2" else encoder.vocab_size
+    cut = int((1 - val_fraction) * count)
     if not 0 < cut < count:
         raise UserError(f"val_fraction={val_fraction} of {count} characters leaves a split empty")
+    known = beginning(paths, count if tokenizer == "char" else cut)  # a BPE is trained on train
+    encoder = make_tokenizer(make_meta(tokenizer, known))
     write_dataset(
         folder,
-        meta,
+        encoder.meta,
         train=encoded(paths, encoder, 0, cut),
         val=encoded(paths, encoder, cut, count),
     )
