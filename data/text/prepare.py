@@ -94,8 +94,9 @@ def main(config):
     cut = int((1 - val_fraction) * count)
     if not 0 < cut < count:
         raise UserError(f"val_fraction={val_fraction} of {count} characters leaves a split empty")
-    known = beginning(paths, count if tokenizer == "char" else cut)  # a BPE is trained on train
-    encoder = make_tokenizer(make_meta(tokenizer, known))
+    encoder = make_tokenizer(  # all characters are known, but byte pairs are those of train alone
+        make_meta(tokenizer, beginning(paths, count if tokenizer == "char" else cut))
+    )
     write_dataset(
         folder,
         encoder.meta,
