@@ -19,7 +19,8 @@ from engine.process import UserError, import_extra, reason, user_error
 
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50304}  # 50,257 padded to a multiple of 64 for speed
 # What BPE of one's own never joins: words with the space before them, three digits, marks, a line
-# break with what is blank before it, blanks. GPT-2's leaves each space of an indentation apart.
+# break with what is blank before it, blanks. GPT-2's leaves each space of an indentation apart. A
+# change of it would change what existing datasets and checkpoints mean.
 WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*\n|\s+(?!\S)|\s+"
 
 
@@ -126,7 +127,14 @@ def open_encoding(meta):
     import tiktoken  # here, because characters need neither it nor its files
 
     if "pairs" not in meta:
-        return tiktoken.get_encoding(meta["tokenizer"])
+        try:
+            return tiktoken.get_encoding(meta["tokenizer"])
+        except (OSError, ValueError) as fault:  # no network, no such encoding
+            why = str(fault).partition("\n")[0].partition("(")[0]
+            raise UserError(
+                f"no tokenizer {meta['tokenizer']}: {why}; offline, set TIKTOKEN_CACHE_DIR to a "
+                f"folder that tiktoken filled elsewhere"
+            ) from None
     tokens = [bytes([byte]) for byte in range(256)]
     with user_error("its pairs", TypeError, AttributeError, UnicodeError):
         tokens += [token.encode("latin-1") for token in meta["pairs"]]
@@ -141,14 +149,7 @@ class BPETokenizer:
     """The tiktoken encoding that `meta` names, or one of its own."""
 
     def __init__(self, meta):
-        try:
-            self.encoding = open_encoding(meta)
-        except (OSError, ValueError) as fault:  # no network, no such encoding
-            why = str(fault).partition("\n")[0].partition("(")[0]
-            raise UserError(
-                f"no tokenizer {meta['tokenizer']}: {why}; offline, set TIKTOKEN_CACHE_DIR to a "
-                f"folder that tiktoken filled elsewhere"
-            ) from None
+        self.encoding = open_encoding(meta)
         self.vocab_size, self.eot = self.encoding.n_vocab, self.encoding.eot_token
         self.meta, self.opening = meta, self.eot
 
@@ -201,10 +202,10 @@ def make_tokenizer(meta):
 
 def at_hand(meta):
     """Return whether the tokenizer of `meta` can be made without a download."""
-    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
     if meta.keys() & {"stoi", "pairs"}:
         return True
-    return "tokenizer" in meta and Path(cache).is_dir()
+    cache = os.environ.get("TIKTOKEN_CACHE_DIR") or Path(tempfile.gettempdir(), "data-gym-cache")
+    return "tokenizer" in meta and Path(cache).is_dir()  # tiktoken fills it
 
 
 def bytes_per_id(tokenizer, vocab_size):
