@@ -77,10 +77,12 @@ def test_figures_are_those_of_the_exported_folder(tmp_path, gpt2_files):
     choices = [[f"{2 * n + 1}", "a lot more than that", "é", "none"] for n in range(20)]
     kinds = zip(questions, choices, strict=True)
     lines = [{"question": q, "choices": c, "label": 1} for q, c in kinds]
+    answers = [{"question": q, "answer": "3"} for q in questions]
     pages = [{"page": " ".join(questions[: n + 1])} for n in range(6)]
     tasks = [
         make_task(tmp_path, "made_choice", "multiple_choice", CHOICE, lines),
         make_task(tmp_path, "made_pages", "loglikelihood_rolling", ROLLING, pages),
+        make_task(tmp_path, "made_answers", "generate_until", WRITTEN, answers),
     ]
     runtime = start_runtime("cpu", "float32", False)
     ours = run_tasks(model, tokenizer, runtime, tasks, batch_size=3, examples=0)
@@ -102,18 +104,36 @@ def test_figures_are_those_of_the_exported_folder(tmp_path, gpt2_files):
         mine.loglikelihood(requests), theirs.loglikelihood(requests), strict=True
     ):
         assert one == pytest.approx(other, rel=1e-4) and greedy == theirs_greedy
-    options = {"until": ["e", " the"], "max_gen_toks": 12, "do_sample": False}
-    requests = [
-        Instance("generate_until", {}, (question, options), 0)
-        for question in questions
-    ]
-    assert mine.generate_until(requests) == theirs.generate_until(requests)
+    for options in ({"until": ["e", " the"], "max_gen_toks": 12, "do_sample": False}, {}):
+        options = {"max_gen_toks": 30, **options}
+        requests = [
+            Instance("generate_until", {}, (question, options), 0) for question in questions
+        ]
+        assert mine.generate_until(requests) == theirs.generate_until(requests)
 
 
 @pytest.fixture
 def trained(launch, tiny, monkeypatch):
     monkeypatch.setattr(sample, "ROOT", tiny)
     launch(train, *TINY, "--max_iters=5")
+
+
+def test_an_empty_context_or_answer_is_judged(trained):
+    from tools.harness import HarnessModel
+
+    model, tokenizer, _ = sample.load("resume", "out", None, torch.device("cpu"))
+    judge = HarnessModel(model, tokenizer, start_runtime("cpu", "float32", False), 2)
+    ids = tokenizer.encode("3 plus")
+    found = judge._loglikelihood_tokens([(None, [], ids), (None, ids, []), (None, ids, ids)])
+    assert found[1] == (0.0, True) and found[0][0] < 0 and found[2][0] < 0
+    assert found[0] == judge._loglikelihood_tokens([(None, [tokenizer.opening], ids)])[0]
+
+
+def test_long_questions_are_said_to_be_cut(launch, trained, tiny):
+    lines = [{"question": "3 plus " * n, "choices": ["makes", "plus"], "label": 0} for n in (1, 9)]
+    path = make_task(tiny, "made", "multiple_choice", CHOICE, lines)
+    text = launch(evaluate, "--device=cpu", f"--tasks={path}")
+    assert "2 questions were longer than block_size, and lost their beginning" in text
 
 
 def test_tasks_of_ones_own_are_judged(launch, trained, tiny):
@@ -134,7 +154,7 @@ def test_tasks_of_ones_own_are_judged(launch, trained, tiny):
         ("{}/broken.yaml", "tasks={}/broken.yaml: "),
         ("{}/gone.yaml", "tasks={}/gone.yaml: "),
         ("{}/strange.yaml", "1 unknown characters: 'é'"),
-        ("{}/long.yaml", "an answer has 31 tokens, the model reads 16"),
+        ("{}/long.yaml", "a task has an answer of 31 tokens, the model takes 16"),
     ],
 )
 def test_a_task_that_cannot_be_judged_gets_its_line(launch, trained, tiny, tasks, line):

@@ -131,7 +131,7 @@ def evaluate(model, tokens, lengths, runtime):
         "bytes": size,
         "loss": total / count,
         "perplexity": math.exp(min(total / count, 700)),
-        "bits_per_byte": total / math.log(2) / size if size else math.inf,
+        "bits_per_byte": total / math.log(2) / max(1, size),
         "accuracy": right / count,
     }
     edges = [0, *(2**power for power in range(T.bit_length())), T]
@@ -160,19 +160,20 @@ def main(config):
         raise UserError("give one of --text, --dataset and --tasks")
     if figures_file:
         check_writable(user_path(figures_file).parent, "the folder of figures_file")
+    if tasks:
+        import_extra("lm_eval", "eval")
+        from tools.harness import run_tasks
     runtime = start_runtime(device, dtype, False)
     model, tokenizer, trained_on = load(init_from, out_dir, checkpoint_file, runtime.device)
     check_fits(tokenizer, model.config.vocab_size)
     use_fast_parts(model.eval(), runtime.device)
-    if tasks:
-        import_extra("lm_eval", "eval")
-        from tools.harness import run_tasks
-
-        figures = run_tasks(model, tokenizer, runtime, tasks.split(","), batch_size, examples)
-    else:
-        figures = judge_text(model, tokenizer, trained_on, runtime)
+    figures = (
+        run_tasks(model, tokenizer, runtime, tasks.split(","), batch_size, examples)
+        if tasks
+        else judge_text(model, tokenizer, trained_on, runtime)
+    )
     for name, value in figures.items():
-        print(f"{name:>28}  {round(value, 4):,}")
+        print(f"{name.rjust(max(map(len, figures)))}  {round(value, 4):,}")
     if figures_file:
         with user_error(figures_file, OSError), atomic(user_path(figures_file)) as file:
             file.write(json.dumps(figures, indent=2).encode())

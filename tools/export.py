@@ -13,7 +13,8 @@ the rest tells them a tokenizer that is not GPT-2's. transformers drops a charac
 vocabulary lacks without a word, where sample.py names it. The checkpoint is a ckpt.pt without the
 optimizer's state; sample.py and tools/evaluate.py read it. The GGUF file is for llama.cpp, which
 has a model of GPT-2's shape, and computes GELU from a table of the tanh form in 16 bits: logits
-differ by about a thousandth of their size, whichever form the model was trained with.
+differ by about a thousandth of their size, whichever form the model was trained with. Give it a
+context of at most block_size; a character that the vocabulary lacks ends it.
 """
 
 import dataclasses
@@ -113,8 +114,6 @@ def bpe_tables(encoding):
 
 def export_gguf(path):
     """Write the model and its tokenizer to a file for llama.cpp."""
-    if path.exists():
-        raise UserError(f"--gguf={gguf} exists already; give a new name")
     model, tokenizer, _ = sample.load(init_from, out_dir, checkpoint_file, torch.device("cpu"))
     check_fits(tokenizer, model.config.vocab_size)
     if hasattr(tokenizer, "stoi"):
@@ -136,8 +135,6 @@ def export_checkpoint(path):
     """Write the checkpoint without the optimizer's state."""
     if init_from != "resume":
         raise UserError(f"init_from={init_from}: --checkpoint needs one of ours, in --out_dir")
-    if path.exists():
-        raise UserError(f"--checkpoint={checkpoint} exists already; give a new name")
     _, tokenizer, _ = sample.load(init_from, out_dir, checkpoint_file, torch.device("cpu"))
     saved = find_checkpoint(user_path(out_dir), checkpoint_file)
     kept = {name: value for name, value in saved.items() if name not in ("optimizer", "scaler")}
@@ -156,6 +153,11 @@ def main(config):
         raise UserError(f"dtype={dtype}: choose float32, bfloat16 or float16")
     if not (folder or checkpoint or gguf):
         raise UserError("give --folder=FOLDER, --checkpoint=FILE or --gguf=FILE to write to")
+    for name in ("checkpoint", "gguf"):
+        if config[name] and user_path(config[name]).exists():
+            raise UserError(f"--{name}={config[name]} exists already; give a new name")
+    if gguf:
+        import_extra("gguf", "gguf")  # for its error, before the folder is written
     if folder:
         export_folder(user_path(folder))
     if checkpoint:

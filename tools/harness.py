@@ -1,7 +1,8 @@
 """A GPT for EleutherAI's lm-evaluation-harness, which has the tasks that models are compared by.
 
 tools/evaluate.py uses it for --tasks. It answers as the harness's own HFLM does for the exported
-folder: the same tokens, cut at the same places, and padding ids never considered.
+folder: the same tokens, cut at the same places, and padding ids never considered. The YAML file of
+a task may run code: take the harness's, or your own.
 """
 
 import logging
@@ -36,6 +37,8 @@ def run_tasks(model, tokenizer, runtime, names, batch_size, examples):
     results = simple_evaluate(
         judged, tasks=names, task_manager=manager, limit=examples or None, log_samples=False
     )["results"]
+    if judged.cut:
+        print(f"{judged.cut} questions were longer than block_size, and lost their beginning")
     return {
         f"{task} {figure.removesuffix(',none')}": value
         for task, found in results.items()
@@ -49,15 +52,16 @@ class HarnessModel(TemplateLM):
 
     def __init__(self, model, tokenizer, runtime, batch_size):
         super().__init__()
-        self.model, self.tokens, self.runtime = model, tokenizer, runtime
+        self.model, self.encoding, self.runtime = model, tokenizer, runtime
         self.batch_size, self.length = batch_size, model.config.block_size
+        self.cut = 0  # questions that were longer than the model reads
 
     @property
     def eot_token_id(self):
-        return self.tokens.opening  # a text begins with it: end-of-text, or a line break
+        return self.encoding.opening  # a text begins with it: end-of-text, or a line break
 
     def tok_encode(self, string, add_special_tokens=None, **options):
-        return self.tokens.encode(string)
+        return self.encoding.encode(string)
 
     @torch.inference_mode()
     def _loglikelihood_tokens(self, requests, disable_tqdm=False, **options):
@@ -67,11 +71,10 @@ class HarnessModel(TemplateLM):
         """
         rows = []
         for _, context, continuation in requests:
-            if len(continuation) > self.length:
-                raise UserError(
-                    f"an answer has {len(continuation)} tokens, the model reads {self.length}"
-                )
-            rows.append((context + continuation)[-self.length - 1 :])
+            self.check_fits(len(continuation), self.length)
+            row = (context or [self.prefix_token_id]) + continuation
+            self.cut += len(row) > self.length + 1
+            rows.append(row[-self.length - 1 :])
         order = sorted(range(len(rows)), key=lambda index: -len(rows[index]))
         answers = {}
         batches = [order[at : at + self.batch_size] for at in range(0, len(order), self.batch_size)]
@@ -81,16 +84,22 @@ class HarnessModel(TemplateLM):
             with self.runtime.autocast():
                 hidden = self.model.hidden(padded[:, :-1])  # later tokens change nothing
                 for index, row, x in zip(batch, ids, hidden, strict=True):
-                    size = len(requests[index][2])
-                    logits = self.model.lm_head(x[len(row) - 1 - size : len(row) - 1])
-                    answers[index] = self.judge(logits, row[-size:].to(logits.device))
+                    begin = len(row) - len(requests[index][2])
+                    logits = self.model.lm_head(x[begin - 1 : len(row) - 1])
+                    answers[index] = self.judge(logits, row[begin:].to(logits.device))
         return [answers[index] for index in range(len(rows))]
 
     def judge(self, logits, targets):
         """Return the log-probability of `targets` (T), and whether each was the likeliest."""
-        logits = logits[:, : self.tokens.vocab_size].float()
-        chosen = logits.log_softmax(1).gather(1, targets[:, None])
-        return chosen.sum().item(), bool((logits.argmax(1) == targets).all())
+        logits = logits[:, : self.encoding.vocab_size].float()
+        total = logits.log_softmax(1).gather(1, targets[:, None]).sum().item()
+        if not math.isfinite(total):
+            raise UserError("the logits are not finite; try another checkpoint")
+        return total, bool((logits.argmax(1) == targets).all())
+
+    def check_fits(self, count, most):
+        if count > most:
+            raise UserError(f"a task has an answer of {count} tokens, the model takes {most}")
 
     def loglikelihood_rolling(self, requests, disable_tqdm=False):
         """Return the log-probability of each whole text, in windows that predict each token once.
@@ -116,17 +125,20 @@ class HarnessModel(TemplateLM):
 
     def write(self, context, options):
         most, endings = options["max_gen_toks"], options["until"]
-        room = max(1, self.length - most)
-        ids = (self.tok_encode(context) or [self.prefix_token_id])[-room:]
+        self.check_fits(most, self.length - 1)
+        temperature = options.get("temperature", 1.0 if options.get("do_sample") else 0.0)
+        ids = self.tok_encode(context) or [self.prefix_token_id]
+        self.cut += len(ids) > self.length - most
+        ids = ids[most - self.length :]  # room for the answer
         idx, written = torch.tensor([ids], device=self.runtime.device), bytearray()
         with self.runtime.autocast():
             for drawn in self.model.stream(
-                idx, most, options["temperature"], options.get("top_k"), options.get("top_p"),
-                vocab_size=self.tokens.vocab_size,
+                idx, most, temperature, options.get("top_k"), options.get("top_p"),
+                vocab_size=self.encoding.vocab_size,
             ):  # fmt: skip
-                if drawn.item() == self.tokens.eot:
+                if drawn.item() == self.encoding.eot:
                     break
-                written += self.tokens.decode_bytes(drawn[0].tolist())
+                written += self.encoding.decode_bytes(drawn[0].tolist())
                 if any(ending.encode() in written for ending in endings):
                     break
         text = written.decode("utf-8", "replace")
