@@ -104,9 +104,11 @@ class TokenFile:
         """
         if not at_hand(self.meta):
             return None
+        ids = self.ids[: 2**24]
+        self.check(ids)
         with suppress(UserError):
             lengths = bytes_per_id(make_tokenizer(self.meta), self.vocab_size)
-            return float(np.array(lengths)[self.ids[: 2**24]].mean())
+            return float(np.array(lengths, np.int32)[ids].mean())
 
     def evenly_spaced(self, block_size, most):
         """Return where the windows to evaluate on begin: all that do not overlap, or `most`."""
@@ -225,7 +227,7 @@ def in_epochs(numbers, size, block_size, seed):
     starts = np.empty_like(numbers)
     for epoch in np.unique(numbers // count):
         mine = numbers // count == epoch
-        generator = np.random.default_rng([seed, epoch, 1])  # two numbers key a step
+        generator = np.random.default_rng([seed, epoch, 1])  # the 1: apart from a step's
         offset = generator.integers(min(block_size, size - count * block_size))
         keys = generator.integers(2**63, size=6, dtype=np.uint64)
         starts[mine] = offset + permute(numbers[mine] % count, count, keys) * block_size

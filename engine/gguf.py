@@ -4,7 +4,7 @@ llama.cpp names the parts of a GPT-2 as below, wants a bias in each linear and n
 and reads vectors and positions in float32 only.
 """
 
-from engine.huggingface import GPT2, to_gpt2
+from engine.huggingface import GPT2_SHAPE, to_gpt2
 from engine.process import UserError, import_extra
 
 NAMES = {
@@ -30,9 +30,9 @@ def save_gguf(path, shape, weights, dtype, tokens, merges, eot):
     the id of end-of-text, or None. Raises UserError where llama.cpp has no model of this shape.
     """
     library = import_extra("gguf", "gguf")
-    for name, value in GPT2.items():
+    for name, value in GPT2_SHAPE.items():
         if shape[name] != value:
-            raise UserError(f"{name}={shape[name]}: llama.cpp has no such model of ours")
+            raise UserError(f"{name}={shape[name]}: llama.cpp's GPT-2 has no such thing")
     table = "transformer.wte.weight"
     weights = {**weights, table: weights[table][: len(tokens)]}  # without padding
     writer = library.GGUFWriter(path, "gpt2")
@@ -44,7 +44,7 @@ def save_gguf(path, shape, weights, dtype, tokens, merges, eot):
     writer.add_layer_norm_eps(1e-5)
     add_tokenizer(writer, tokens, merges, eot, library.TokenType)
     for name, tensor in to_gpt2(shape, weights)[1].items():
-        name, tensor, is_matrix = theirs(name, tensor.detach())
+        name, tensor, is_matrix = to_llama_cpp(name, tensor.detach())
         kind = library.GGMLQuantizationType[DTYPES[dtype] if is_matrix else "F32"]
         data = library.quants.quantize(tensor.float().contiguous().numpy(), kind)
         writer.add_tensor(name, data, raw_dtype=kind)
@@ -54,7 +54,7 @@ def save_gguf(path, shape, weights, dtype, tokens, merges, eot):
     writer.close()
 
 
-def theirs(name, tensor):
+def to_llama_cpp(name, tensor):
     """Return llama.cpp's name and tensor for one of a GPT2LMHeadModel, and if it is a matrix."""
     part, kind = name.removeprefix("transformer.").rsplit(".", 1)
     prefix = ""

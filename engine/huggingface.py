@@ -10,8 +10,8 @@ import torch
 
 from engine.process import UserError, import_extra, reason, user_path
 
-GPT2 = {"position": "learned", "rms_norm": False, "tied": True}  # the shape of GPT2LMHeadModel
-# The shape of NanoChatForCausalLM, and its names beside ours.
+# The shapes of GPT2LMHeadModel and NanoChatForCausalLM, and the names of the latter beside ours.
+GPT2_SHAPE = {"position": "learned", "rms_norm": False, "tied": True}
 NANOCHAT = {"position": "rotary", "rms_norm": True, "tied": False, "bias": False}
 ENDS = {
     "transformer.wte.weight": "model.embed_tokens.weight",
@@ -185,7 +185,7 @@ def save_model(folder, shape, weights, vocab_size, eot, dtype):
 
 def choose_kind(shape):
     """Return the model type that has this shape, gpt2 or nanochat; UserError if neither has."""
-    wanted = NANOCHAT if shape["position"] == "rotary" else GPT2
+    wanted = NANOCHAT if shape["position"] == "rotary" else GPT2_SHAPE
     for name, value in wanted.items():
         if shape[name] != value:
             raise UserError(f"{name}={shape[name]}: transformers has no such model with the rest")

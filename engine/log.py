@@ -98,7 +98,7 @@ class Log:
         first, last = (tokens_until(n + 1) - tokens_until(n) for n in (step, self.max_iters))
         each = f"{first:,} to {last:,}" if first < last else f"{last:,}"
         epochs = tokens_until(self.max_iters) / self.tokens_per_epoch
-        say(f"steps: {step} to {self.max_iters}, of {each} tokens each, {epochs:.3g} epochs in all")
+        say(f"steps: {step} to {self.max_iters}, of {each} tokens each, {epochs:,.2f} epochs")
 
     def evaluation(self, step, losses):
         """Print and record the mean loss of each split, if there was an evaluation.

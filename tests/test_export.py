@@ -150,7 +150,7 @@ def test_a_checkpoint_to_share_samples_alike_and_does_not_resume(launch, trained
         (["--checkpoint=a.pt", "--init_from=gpt2"], "init_from=gpt2: --checkpoint needs one"),
         (["--gguf=out/ckpt.pt"], "--gguf=out/ckpt.pt exists already; give a new name"),
         (["--gguf=no/a.gguf"], "no/a.gguf: No such file or directory"),
-        (["--gguf=hf", "--out_dir=alibi"], "position=alibi: llama.cpp has no such model of ours"),
+        (["--gguf=hf", "--out_dir=alibi"], "position=alibi: llama.cpp's GPT-2 has no such thing"),
     ],
 )
 def test_a_mistake_gets_its_line(launch, trained, tiny, arguments, line):

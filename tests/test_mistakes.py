@@ -296,7 +296,8 @@ AGAIN = "prepare it again"
         ),
         (
             lambda: put(META, pickle.dumps(bpe_meta([b"ab"]) | {"vocab_size": 300})),
-            f"{NO_META} (its tokens are not as many as it says, or one is there twice); {AGAIN}",
+            f"{NO_META} (its vocab_size does not fit its tokens, or one of them is there twice); "
+            f"{AGAIN}",
         ),
         (
             lambda: put(META, pickle.dumps(bpe_meta([b"ab"]) | {"pairs": ["\u6771"]})),

@@ -7,8 +7,8 @@
 
 Characters suit a small model trained from scratch; gpt2 suits finetuning and gigabytes. bpe:8192
 makes byte pairs for this text, 8,192 tokens, and stores them in the dataset; bytes needs no file of
-anyone's, and no character is unknown to it. Text may be larger than memory, unless a gpt2 file has
-no spaces. Its end, a tenth, is for validation.
+anyone's, and no character is unknown to it. Text may be larger than memory, unless it has no spaces
+and the tokens are gpt2's or byte pairs. Its end, a tenth, is for validation.
 """
 
 import re
@@ -54,11 +54,18 @@ def pieces(paths):
         yield rest, True
 
 
-def beginning(paths, end):
-    """Yield the text up to its character `end`, in pieces."""
-    for text, _ in pieces(paths):
-        yield text[:end]
-        end -= min(end, len(text))
+def parts(paths, start, end, ends):
+    """Yield the text of all files, put end to end, from character `start` to `end`, in pieces.
+
+    To the list `ends` goes, for each piece, whether one of several files ends with it.
+    """
+    position = 0
+    for text, last in pieces(paths):
+        if position > end:
+            return
+        begin, position = position, position + len(text)
+        ends.append(last and len(paths) > 1 and start < position <= end)
+        yield text[max(0, start - begin) : max(0, end - begin)]
 
 
 def encoded(paths, encoder, start, end):
@@ -67,15 +74,7 @@ def encoded(paths, encoder, start, end):
     Each of several files is followed by the end-of-text token, if the encoder has one.
     """
     ends = deque()  # for each part, whether that token follows
-
-    def parts():
-        position = 0
-        for text, last in pieces(paths):
-            begin, position = position, position + len(text)
-            ends.append(last and len(paths) > 1 and start < position <= end)
-            yield text[max(0, start - begin) : max(0, end - begin)]
-
-    for ids in encoder.encode_corpus(parts()):
+    for ids in encoder.encode_corpus(parts(paths, start, end, ends)):
         yield ids
         if ends.popleft() and encoder.eot is not None:
             yield [encoder.eot]
@@ -89,14 +88,15 @@ def main(config):
         raise UserError(f"--input={input}: give a text file, or a folder with .txt or .md files")
     if folder.resolve().parent != DATA or (folder / "prepare.py").exists():
         raise UserError(f"--dataset={dataset}: give a new name, of a folder to be made in {DATA}")
+    make_meta(tokenizer, [""])  # for its errors, before the text is read
     count = sum(len(text) for text, _ in pieces(paths))
     print(f"{len(paths)} files, {count:,} characters")
     cut = int((1 - val_fraction) * count)
     if not 0 < cut < count:
         raise UserError(f"val_fraction={val_fraction} of {count} characters leaves a split empty")
-    encoder = make_tokenizer(  # all characters are known, but byte pairs are those of train alone
-        make_meta(tokenizer, beginning(paths, count if tokenizer == "char" else cut))
-    )
+    # Characters are collected from both splits, byte pairs from the one to train on.
+    known = parts(paths, 0, count if tokenizer == "char" else cut, [])
+    encoder = make_tokenizer(make_meta(tokenizer, known))
     write_dataset(
         folder,
         encoder.meta,
