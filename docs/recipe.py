@@ -4,14 +4,16 @@
     python docs/recipe.py time
     python docs/recipe.py sweep
     python docs/recipe.py large
+    python docs/recipe.py time_large
+    python docs/recipe.py base
     python data/shakespeare/prepare.py && python docs/recipe.py finetune
     python docs/recipe.py draw
 
 Each run is train.py in a process of its own, and a line in docs/recipe.jsonl when it has ended: an
 interrupted command goes on with the first run that has none. `large` and `finetune` first write a
-dataset, Python's own source in GPT-2's tokens; `finetune` first trains on it what it finetunes.
-`time` repeats some of `small` with as many steps as fit into the time of GPT-2's; `draw` draws the
-pictures and prints the tables.
+dataset, Python's own source in GPT-2's tokens; `base` trains on it what `finetune` finetunes.
+`time` repeats some of `small`, and `time_large` of `large`, with as many steps as fit into the time
+of GPT-2's; `draw` draws the pictures and prints the tables.
 """
 
 import itertools
@@ -71,7 +73,8 @@ LESS = {
     **{f"without {name}": (WHOLE, f"no_{name}") for name in sorted(PARTS)},
     **{f"the recipe + {name}": (WHOLE, name) for name in sorted(OTHERS | {"momentum_warmup"})},
 }
-TIMED = ["GPT-2, AdamW", "+ Muon", "+ rotary", "AdamW for Muon", "the recipe"]
+IN_TIME = ["GPT-2, AdamW", "+ Muon", "+ rotary", "AdamW for Muon", "the recipe"]
+TIMED = {"time": ("small", SMALL, 200), "time_large": ("large", LARGE, 100)}  # steps of GPT-2's
 SWEEP = {  # setting -> values, around the laptop recipe with its schedule cut to 200 steps
     "learning_rate": [3e-4, 1e-3, 3e-3, 1e-2, 3e-2],
     "batch_size": [3, 6, 12, 24, 48],
@@ -88,9 +91,8 @@ TUNED = """--n_layer=4 --n_head=4 --n_embd=128 --block_size=128 --batch_size=8
 BASE = ROOT / "out-recipe-base"
 FINETUNE = [  # steps, learning rates, their decay, dropout
     (80, [3e-5, 1e-4, 3e-4, 1e-3, 3e-3], [False, True], [0]),
-    (20, [1e-4, 3e-4, 1e-3, 3e-3], [False, True], [0]),
-    (320, [1e-4, 3e-4, 1e-3, 3e-3], [False, True], [0]),
-    (320, [3e-4, 1e-3], [True], [0.1, 0.2]),
+    (20, [1e-4, 3e-4, 1e-3, 3e-3, 1e-2], [False, True], [0]),
+    (320, [3e-4, 1e-3, 3e-3], [True], [0, 0.1, 0.2]),
 ]
 
 
@@ -226,13 +228,14 @@ def plan(part):
                         key = {"optimizer": optimizer, "name": name, "value": value}
                         put = f"scale={value}" if name == "initialisation" else ""
                         yield {**key, "seed": seed}, f"{SMALL} {rate} {given}", put
-        elif part == "time":
-            times = by_name("small")[1]
-            for name in TIMED:
+        elif part in TIMED:
+            scale, size, budget = TIMED[part]
+            times = by_name(scale)[1]
+            for name in IN_TIME:
                 medians = [statistics.median(times[each]) for each in ("GPT-2, AdamW", name)]
-                steps = round(200 * medians[0] / medians[1])
+                steps = round(budget * medians[0] / medians[1])
                 flags, put = {**ALONE, **LESS}[name]
-                flags = f"{SMALL} {flags} --max_iters={steps}"
+                flags = f"{size} {flags} --max_iters={steps}"
                 yield {"name": name, "steps": steps, "seed": seed}, flags, put
         else:
             for name, (flags, put) in {**ALONE, **LESS}.items():
@@ -265,13 +268,19 @@ def run(part, flags, put, seed):
     return {"loss": float(losses[-1]), "ms": round(statistics.median(times), 1)}
 
 
-def run_all(part):
-    done = []
-    if part in ("large", "finetune"):
-        write_source_code()
-    if part == "finetune" and not (BASE / "ckpt.pt").exists():
+def make_base():
+    """Train what is finetuned: a model of 7M parameters on Python's source, in out-recipe-base."""
+    if not (BASE / "ckpt.pt").exists():
         flags = f"{RUN} {TUNED} {ADAMW} --dataset=stdlib_bpe --max_iters=400 --out_dir={BASE}"
         subprocess.run([sys.executable, ROOT / "train.py", *flags.split()], check=True)
+
+
+def run_all(part):
+    done = []
+    if part in ("large", "time_large", "finetune"):
+        write_source_code()
+    if part == "finetune":
+        make_base()
     for line in known():
         done.append({name: line[name] for name in line if name not in ("loss", "ms")})
     for key, flags, put in plan(part):
@@ -330,8 +339,9 @@ def draw_ablation():
         for losses, times in (measured[part] for part in parts):
             row += [cell(losses[name]), min(times[name])] if name in losses else ["", ""]
         print(f"| {' | '.join(map(str, row))} |")
-    for name, losses in by_name("time")[0].items():
-        print(f"in the time of GPT-2: {name} {cell(losses)}")
+    for part, (scale, _, _) in TIMED.items():
+        for name, losses in by_name(part)[0].items():
+            print(f"{scale}, in the time of GPT-2: {name} {cell(losses)}")
     figure, axes = plt.subplots(
         2, len(parts), figsize=(1 + 6 * len(parts), 8), layout="constrained", squeeze=False
     )
@@ -397,7 +407,11 @@ if __name__ == "__main__":
         draw_ablation()
         draw_sweep()
         print_finetuning()
-    elif part in ("small", "time", "large", "sweep", "finetune"):
+    elif part == "base":
+        write_source_code()
+        make_base()
+    elif part in ("small", "large", *TIMED, "sweep", "finetune"):
         run_all(part)
     else:
-        raise SystemExit("error: name a part: small, time, sweep, large, finetune or draw")
+        parts = "small, large, time, time_large, sweep, base, finetune or draw"
+        raise SystemExit(f"error: name a part: {parts}")
