@@ -16,7 +16,7 @@ import train
 from tools import evaluate, export, plot, size
 
 BUDGETS = {"train.py": 240, "model.py": 240, "sample.py": 90, "bench.py": 130}
-BUDGETS |= {"configurator.py": 120, "data/tokens.py": 160, "data/tokenizer.py": 100}
+BUDGETS |= {"configurator.py": 120, "data/tokens.py": 160, "data/tokenizer.py": 140}
 for pattern, most in ("engine/*", 150), ("tools/*", 120), ("data/*/prepare", 60), ("config/*", 30):
     BUDGETS |= {str(path.relative_to(ROOT)): most for path in ROOT.glob(f"{pattern}.py")}
 DOCS = sorted(ROOT.glob("docs/*.md"))
@@ -170,7 +170,9 @@ def test_a_command_of_a_page_is_understood(monkeypatch, command):
     at = next(index for index, word in enumerate(words) if word.endswith(".py"))
     name, arguments = words[at], words[at + 1 :]
     assert (ROOT / name).exists(), name
-    if name.startswith(("tests/", "docs/")):  # no settings of ours
+    if name.startswith(("tests/", "docs/")):  # no settings of ours, but a part, which is named
+        documented = (ROOT / name).read_text(encoding="utf-8")
+        assert all(word.startswith("-") or f"{name} {word}" in documented for word in arguments)
         return
     is_data = name.startswith("data/")
     script = importlib.import_module(name[:-3].replace("/", ".")) if is_data else SCRIPTS[name]
