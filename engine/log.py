@@ -139,8 +139,10 @@ class Log:
             f"norm {grad_norm:.2f}, {left} left"
         )
         entry = {"iter": step, "loss": loss, "grad_norm": grad_norm, "ms": seconds * 1000, "lr": lr}
-        epoch = tokens_until(step + 1) / self.tokens_per_epoch
-        self.record({**entry, "tokens_per_second": rate, "mfu": mfu, "epoch": epoch})
+        seen = tokens_until(step + 1)
+        entry |= {"tokens": seen, "epoch": seen / self.tokens_per_epoch}
+        entry |= {"tokens_per_second": rate, "mfu": mfu, "peak_bytes": peak_memory(self.runtime)}
+        self.record(entry)
 
     def progress(self, step):
         """Show on a terminal that a step without a line of its own was made."""
@@ -205,10 +207,15 @@ def time_laps(work, most, limit, runtime):
 
 
 def peak_memory(runtime):
-    """Return the most memory used so far in bytes, of the GPU or else of this process."""
+    """Return the most memory used so far in bytes, of the GPU or else of this process.
+
+    Not a number where the system does not say: Windows.
+    """
     if runtime.device.type == "cuda":
         return torch.cuda.max_memory_allocated(runtime.device)
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:
+        return math.nan
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

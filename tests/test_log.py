@@ -38,6 +38,15 @@ def test_the_log_of_a_resumed_run_repeats_and_loses_nothing(launch, tiny):
     assert [e["iter"] for e in log("out") if "settings" in e] == [0, 4]
 
 
+def test_a_line_knows_tokens_epochs_and_memory(launch, tiny):
+    launch(train, *TINY, "--max_iters=6", "--log_interval=2")
+    size = (tiny / "data" / "tiny" / "train.bin").stat().st_size // 2
+    lines = [entry for entry in log("out") if "loss" in entry]
+    assert [entry["tokens"] for entry in lines] == [64 * (step + 1) for step in (0, 2, 4)]
+    assert [entry["epoch"] for entry in lines] == [entry["tokens"] / size for entry in lines]
+    assert all(10**7 < entry["peak_bytes"] < 10**11 for entry in lines)
+
+
 def test_a_bad_figure_is_null_in_the_log(launch, tiny, monkeypatch):
     monkeypatch.setattr(train, "evaluate", lambda *a: {"train": 1.0, "val": float("nan")})
     with pytest.raises(SystemExit):
