@@ -3,6 +3,7 @@
     python data/shakespeare_char/prepare.py && python docs/recipe.py small
     python docs/recipe.py time
     python docs/recipe.py sweep
+    python docs/recipe.py epochs
     python docs/recipe.py large
     python docs/recipe.py time_large
     python docs/recipe.py base
@@ -228,6 +229,12 @@ def plan(part):
                         key = {"optimizer": optimizer, "name": name, "value": value}
                         put = f"scale={value}" if name == "initialisation" else ""
                         yield {**key, "seed": seed}, f"{SMALL} {rate} {given}", put
+        elif part == "epochs":
+            for epochs, sampling in itertools.product((1, 4), ("random", "epochs")):
+                steps = round(epochs * 1_003_854 / (48 * 64))  # of Tiny Shakespeare's train.bin
+                flags = f"{SMALL} {ADAMW} --batch_size=48 --max_iters={steps}"
+                flags += f" --sampling={sampling} --eval_iters=1000000"
+                yield {"epochs": epochs, "sampling": sampling, "seed": seed}, flags, ""
         elif part in TIMED:
             scale, size, budget = TIMED[part]
             times = by_name(scale)[1]
@@ -384,6 +391,16 @@ def draw_sweep():
     figure.savefig(ROOT / "assets" / "sensitivity.png", dpi=90)
 
 
+def print_epochs():
+    """Print the mean loss of drawing windows at random, and of each window once per epoch."""
+    found = {}
+    for line in known():
+        if line["part"] == "epochs":
+            found.setdefault((line["epochs"], line["sampling"]), []).append(line["loss"])
+    for (epochs, sampling), losses in found.items():
+        print(f"| {epochs} epochs | {sampling} | {cell(losses)} |")
+
+
 def print_finetuning():
     """Print the mean loss of each way to finetune."""
     lines = [line for line in known() if line["part"] == "finetune"]
@@ -406,12 +423,13 @@ if __name__ == "__main__":
     elif part == "draw":
         draw_ablation()
         draw_sweep()
+        print_epochs()
         print_finetuning()
     elif part == "base":
         write_source_code()
         make_base()
-    elif part in ("small", "large", *TIMED, "sweep", "finetune"):
+    elif part in ("small", "large", *TIMED, "sweep", "epochs", "finetune"):
         run_all(part)
     else:
-        parts = "small, large, time, time_large, sweep, base, finetune or draw"
+        parts = "small, large, time, time_large, sweep, epochs, base, finetune or draw"
         raise SystemExit(f"error: name a part: {parts}")
