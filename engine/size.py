@@ -108,6 +108,7 @@ def memory(model, config, number_bytes, world_size=1, cpu=False):
     if cpu:  # measured: see docs/speed.md
         moving = sizes["activations"] + sizes["gradients of activations, logits"]
         sizes["freed, but kept in pieces"] = moving // 4
+        sizes["Muon's update"] = 12 * muons  # larger than any piece: directions, batches, results
         sizes["Python and PyTorch"] = 350_000_000
     if share > 1:  # two blocks are whole at a time, and the table
         whole = 2 * hidden // shape.n_layer + shape.vocab_size * C
