@@ -68,7 +68,8 @@ def newer_pattern():
     """Return how cl100k_base, GPT-4's, cuts a text into words: spaces and digits are grouped."""
     from tiktoken_ext import openai_public
 
-    load, openai_public.load_tiktoken_bpe = openai_public.load_tiktoken_bpe, lambda *_, **__: {}
+    load = openai_public.load_tiktoken_bpe
+    openai_public.load_tiktoken_bpe = lambda *_, **__: {}  # the tokens would be downloaded
     pattern = openai_public.cl100k_base()["pat_str"]
     openai_public.load_tiktoken_bpe = load
     return pattern
@@ -82,7 +83,8 @@ def compare_tokenizers():
     rows = [("bytes", ours), ("gpt2", ours)]
     rows += [(f"bpe:{size}", ours) for size in (1000, 8000, 32_000, 65_536, 100_000)]
     rows += [("bpe:32000", gpt2.encoding._pat_str), ("bpe:32000", newer_pattern())]
-    for name, tokenizer.WORDS in rows:  # how a BPE of one's own cuts a text into words
+    for name, pattern in rows:
+        tokenizer.WORDS = pattern  # how a BPE of one's own cuts a text into words
         encoder = make_tokenizer(make_meta(name, [train]))
         rates = [len(text.encode()) / len(encoder.encode(text)) for text in (python, prose)]
         disk = id_dtype(encoder.meta).itemsize / rates[0]
@@ -92,7 +94,8 @@ def compare_tokenizers():
             f"| {table:.1f}M, {table / (table + 85.1):.0%} |",
             flush=True,
         )
-    tokenizer.WORDS, begun = ours, time.perf_counter()
+    tokenizer.WORDS = ours
+    begun = time.perf_counter()
     encoded = sum(len(ids) for ids in gpt2.encode_corpus([train] * 4))
     print(f"GPT-2's: {encoded / (time.perf_counter() - begun):,.0f} tokens/s to prepare")
 

@@ -98,6 +98,7 @@ class HarnessModel(TemplateLM):
         return total, bool((logits.argmax(1) == targets).all())
 
     def check_fits(self, count, most):
+        """Raise UserError where an answer of `count` tokens is longer than `most`."""
         if count > most:
             raise UserError(f"a task has an answer of {count} tokens, the model takes {most}")
 
@@ -124,6 +125,7 @@ class HarnessModel(TemplateLM):
         return texts
 
     def write(self, context, options):
+        """Return what the model writes after one context; `options` as the harness names them."""
         most, endings = options["max_gen_toks"], options["until"]
         self.check_fits(most, self.length - 1)
         temperature = options.get("temperature", 1.0 if options.get("do_sample") else 0.0)
