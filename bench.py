@@ -18,8 +18,9 @@ import torch
 
 import train
 from configurator import configure
+from data.batches import Batches
 from data.tokenizer import GPT2, read_meta
-from data.tokens import Batches, TokenFile
+from data.tokens import TokenFile, files_of
 from engine.fast import use_fast_parts
 from engine.log import peak_memory, time_laps
 from engine.process import UserError, one_line_errors
@@ -45,17 +46,16 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_tokens():
-    """Return the tokens to train on, random ones if need be, and their meta."""
+    """Return the tokens to train on, random ones if need be."""
     path = ROOT / "data" / train.dataset / "train.bin"
-    if real_data and path.exists():
-        meta = read_meta(path.parent)
-        return TokenFile(path, meta, train.block_size), meta
+    if real_data and files_of(path)[0].exists():
+        return TokenFile(path, read_meta(path.parent), train.block_size)
     generator = np.random.default_rng(train.seed)
     ids = generator.integers(GPT2["vocab_size"], size=2**20 + train.block_size, dtype="u2")
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         path = Path(folder, "random.bin")
         ids.tofile(path)
-        return TokenFile(path, GPT2, train.block_size), GPT2
+        return TokenFile(path, GPT2, train.block_size)
 
 
 # --- our way and nanoGPT's -----------------------------------------------------------------------
@@ -202,9 +202,9 @@ def main(config):
         raise UserError("--baseline and --new_tokens time single processes; leave torchrun out")
     if train.init_from == "resume":
         raise UserError("bench.py times a new model; leave --init_from=resume out")
-    tokens, meta = load_tokens()
+    tokens = load_tokens()
     runtime.say(f"hardware: {runtime.about}\ndata: {tokens.path.name}, {len(tokens.ids):,} tokens")
-    measure(tokens, meta, config, runtime)
+    measure(tokens, tokens.meta, config, runtime)
     runtime.say(f"peak memory: {peak_memory(runtime) / 2**30:.2f} GiB")
 
 

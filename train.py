@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from configurator import configure, range_faults, take_over
-from data.tokenizer import check_tokenizer, read_meta
-from data.tokens import Batches, TokenFile, check_vocabulary, send
+from data.batches import Batches
+from data.tokenizer import check_tokenizer
+from data.tokens import check_vocabulary, open_dataset, send
 from engine.checkpoint import State, check_shape, checkpoint_to_resume, model_config
 from engine.fast import recompute_activations, use_fast_parts
 from engine.folder import check_writable, take_folder
@@ -137,10 +138,8 @@ def check_settings(config):
 
 def load_data(config, runtime):
     """Return the two splits, the batches of the first, and what tells how they were encoded."""
-    folder = ROOT / "data" / dataset
-    meta = read_meta(folder)
-    data = {name: TokenFile(folder / f"{name}.bin", meta, block_size) for name in ("train", "val")}
-    return data, Batches(data["train"], config, runtime), meta
+    data = open_dataset(ROOT / "data" / dataset, block_size)
+    return data, Batches(data["train"], config, runtime), data["train"].meta
 
 
 # --- model and optimizer -------------------------------------------------------------------------

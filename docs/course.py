@@ -61,7 +61,7 @@ def text_of(dataset, split):
     """Return the text that a split of a dataset of characters was made of."""
     folder = ROOT / "data" / dataset
     tokens = TokenFile(folder / f"{split}.bin", read_meta(folder), 1)
-    return make_tokenizer(tokens.meta).decode_bytes(tokens.ids.tolist()).decode()
+    return make_tokenizer(tokens.meta).decode_bytes(tokens.ids[:].tolist()).decode()
 
 
 def newer_pattern():

@@ -8,13 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 import train
 from configurator import configure
 from data.tokenizer import CharTokenizer, char_meta
-from data.tokens import write_dataset
+from data.tokens import TokenFile, write_dataset
 
 try:
     import resource
@@ -27,6 +28,7 @@ SHARED = ROOT.parent / "shared" / "data"  # real corpora, where they are
 TINY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --dataset=tiny".split()
 TINY += "--gradient_accumulation_steps=1 --device=cpu --dtype=float32 --warmup_iters=0".split()
 TEXT = "".join(f"{n} plus {m} makes {n + m}.\n" for n in range(40) for m in range(5))
+META = {"vocab_size": 100, "stoi": {}, "itos": {}}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
 
 
@@ -136,6 +138,12 @@ def finish(start):
         return out if status == 0 else err
 
     return run
+
+
+def token_file(path, ids, meta=META, block_size=4):
+    """Write ids to `path` and open it."""
+    path.write_bytes(np.asarray(ids, "<u2").tobytes())
+    return TokenFile(path, meta, block_size)
 
 
 def at_step(monkeypatch, actions):

@@ -12,8 +12,9 @@ from conftest import ROOT, TINY, TORCHRUN, assert_equal, load, losses
 import bench
 import sample
 import train
+from data.batches import Batches
 from data.tokenizer import read_meta
-from data.tokens import Batches, TokenFile, send
+from data.tokens import TokenFile, send
 from engine.fast import use_fast_parts
 from engine.process import UserError
 from engine.runtime import choose_device, start_runtime

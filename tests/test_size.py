@@ -148,6 +148,9 @@ def test_the_tool_knows_the_dataset(ask, tiny, monkeypatch):
     shown = ask(*TINY, "--max_iters=100", "--gpu=cpu")
     count = (tiny / "data" / "tiny" / "train.bin").stat().st_size // 2
     assert f"{100 * 4 * 16 / count:.2f} epochs of tiny" in shown and "time:" not in shown
+    ids = (tiny / "data" / "tiny" / "train.bin").rename(tiny / "data" / "tiny" / "train_0000.bin")
+    ids.with_name("train_0001.bin").write_bytes(ids.read_bytes())
+    assert f"{100 * 4 * 16 / count / 2:.2f} epochs" in ask(*TINY, "--max_iters=100", "--gpu=cpu")
     assert re.search(r"at most, as set +0.35 GB\n", shown)  # hardly more than PyTorch itself
 
 

@@ -1,30 +1,15 @@
-"""Token files, batches and tokenizers."""
+"""Token files and tokenizers."""
 
 import pickle
-import sys
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT
+from conftest import META, TEXT, token_file
 
 from data.tokenizer import GPT2, BPETokenizer, CharTokenizer, char_meta, make_tokenizer, read_meta
-from data.tokens import Batches, TokenFile, permute, send, write_dataset
+from data.tokens import TokenFile, send, write_dataset
 from engine.process import UserError, atomic
-from engine.runtime import Runtime
-
-CPU = Runtime(torch.device("cpu"), torch.float32, False, 0, 1, "cpu", "")
-META = {"vocab_size": 100, "stoi": {}, "itos": {}}
-
-
-def ranks(world_size):
-    return [replace(CPU, rank=rank, world_size=world_size) for rank in range(world_size)]
-
-
-def token_file(path, ids, meta=META, block_size=4):
-    path.write_bytes(np.asarray(ids, "<u2").tobytes())
-    return TokenFile(path, meta, block_size)
 
 
 def test_a_dataset_is_nanogpts_raw_uint16_and_plain_pickle(tmp_path):
@@ -42,7 +27,7 @@ def test_a_large_vocabulary_takes_uint32_and_gpt2_no_meta(tmp_path):
     large = {"vocab_size": 100_000, "tokenizer": "cl100k_base"}
     write_dataset(tmp_path, large, train=[[99_999] * 5])
     assert (tmp_path / "train.bin").stat().st_size == 20
-    assert TokenFile(tmp_path / "train.bin", read_meta(tmp_path), 4).ids.tolist() == [99_999] * 5
+    assert TokenFile(tmp_path / "train.bin", read_meta(tmp_path), 4).ids[:].tolist() == [99_999] * 5
     write_dataset(tmp_path, GPT2, train=[[50_256] * 5])
     assert read_meta(tmp_path) == GPT2 and not (tmp_path / "meta.pkl").exists()
     assert (tmp_path / "train.bin").stat().st_size == 10
@@ -113,124 +98,6 @@ def test_windows_to_evaluate_on_are_all_or_evenly_spaced(tmp_path):
     assert tokens.evenly_spaced(4, most=3).tolist() == [0, 16, 32]
 
 
-# --- batches -------------------------------------------------------------------------------------
-
-
-def draw_from(tokens, runtime=CPU, batch_size=4, **given):
-    config = dict(batch_size=batch_size, gradient_accumulation_steps=12 // batch_size)
-    config |= dict(block_size=4, seed=1337, batch_ramp_iters=0, batch_ramp_start=0.5, max_iters=99)
-    config |= dict(sampling="random")
-    return Batches(tokens, config | given, runtime)
-
-
-GROWING = dict(batch_ramp_iters=8, batch_ramp_start=1 / 3)  # 4, 5, ... 12, 12 sequences
-
-
-@pytest.mark.parametrize("sampling", ["random", "epochs"])
-def test_a_step_reads_the_same_sequences_whoever_asks_when(tmp_path, sampling):
-    tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
-    straight = draw_from(tokens, sampling=sampling)
-    expected = [torch.cat(straight(step)).tolist() for step in range(6)]
-    again = draw_from(tokens, sampling=sampling)
-    for step in (5, 2, 2, 3):
-        assert torch.cat(again(step)).tolist() == expected[step]
-    other = draw_from(tokens, seed=1338, sampling=sampling)
-    assert torch.cat(other(0)).tolist() != expected[0] != expected[1]
-    for world_size in (2, 3, 4):
-        shares = [draw_from(tokens, run, sampling=sampling)(5) for run in ranks(world_size)]
-        assert torch.cat([torch.cat(share) for share in shares]).tolist() == expected[5]
-        assert len({sum(map(len, share)) for share in shares}) == 1
-        assert max(len(micro_batch) for share in shares for micro_batch in share) <= 4
-
-
-def test_no_micro_batch_is_empty_where_it_holds_one_sequence(tmp_path):
-    tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
-    for step in range(10):
-        for run in ranks(4):
-            share = draw_from(tokens, run, 1, **GROWING)(step)
-            assert set(map(len, share)) <= {1, 2}
-
-
-@pytest.mark.parametrize("step", range(10))
-def test_a_growing_step_is_shared_within_one_and_in_as_many_micro_batches(tmp_path, step):
-    tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
-    expected = torch.cat(draw_from(tokens, CPU, 3, **GROWING)(step)).tolist()
-    assert len(expected) == min(12, 4 + step)
-    for world_size in (2, 3, 4):
-        shares = [draw_from(tokens, run, 3, **GROWING)(step) for run in ranks(world_size)]
-        assert torch.cat([torch.cat(share) for share in shares]).tolist() == expected
-        assert len({len(share) for share in shares}) == 1
-        assert {1, 2, 3} >= {len(micro_batch) for share in shares for micro_batch in share}
-        sizes = [sum(map(len, share)) for share in shares]
-        assert max(sizes) - min(sizes) <= 1
-    with pytest.raises(UserError, match="divide among 1, 2, 3, 4 processes, not among 6"):
-        draw_from(tokens, ranks(6)[0], 3, **GROWING)
-
-
-def test_a_growing_step_reaches_its_size_and_the_tokens_add_up(tmp_path):
-    tokens = token_file(tmp_path / "train.bin", np.arange(100) % 97)
-    steady = draw_from(tokens)
-    assert [steady.sequences_at(step) for step in (0, 1, 100)] == [12, 12, 12]
-    growing = draw_from(tokens, batch_ramp_iters=6)
-    assert [growing.sequences_at(step) for step in range(8)] == [6, 7, 8, 9, 10, 11, 12, 12]
-    for first in range(9):
-        for last in range(first, 12):
-            expected = 4 * sum(map(growing.sequences_at, range(first, last)))
-            assert growing.tokens_until(last) - growing.tokens_until(first) == expected
-
-
-@pytest.mark.parametrize("growing", [{}, GROWING])
-def test_an_epoch_has_each_window_once_in_another_order_from_another_start(tmp_path, growing):
-    meta = {"vocab_size": 203}
-    tokens = token_file(tmp_path / "train.bin", np.arange(203), meta)  # 49 windows of 4
-    batches = draw_from(tokens, sampling="epochs", **growing)
-    rows = torch.cat([torch.cat(batches(step)) for step in range(17)])
-    epochs = [rows[49 * epoch : 49 * (epoch + 1)] for epoch in range(3)]
-    starts = [epoch[:, 0].tolist() for epoch in epochs]
-    offsets = [min(each) for each in starts]
-    for offset, each, epoch in zip(offsets, starts, epochs, strict=True):
-        assert sorted(each) == list(range(offset, offset + 4 * 49, 4)) != each
-        assert (epoch == epoch[:, :1] + torch.arange(5)).all()
-    assert len(set(offsets)) > 1 and offsets[0] < 4
-    orders = [[(start - min(each)) // 4 for start in each] for each in starts]
-    assert orders[0] != orders[1] != orders[2]
-
-
-@pytest.mark.parametrize("size", range(5, 24))
-def test_epochs_of_the_smallest_files_stay_inside(tmp_path, size):
-    tokens = token_file(tmp_path / "train.bin", np.arange(size))
-    batches = draw_from(tokens, sampling="epochs")
-    rows = torch.cat([torch.cat(batches(step)) for step in range(9)])
-    assert (rows == rows[:, :1] + torch.arange(5)).all() and rows.max() < size
-
-
-@pytest.mark.parametrize("size", [*range(1, 40), 255, 256, 257, 1000])
-def test_permute_is_a_permutation_that_its_keys_choose(size):
-    def order(seed):
-        keys = np.random.default_rng(seed).integers(2**63, size=6, dtype=np.uint64)
-        return permute(np.arange(size), size, keys).tolist()
-
-    assert sorted(order(1)) == list(range(size))
-    assert size < 6 or order(1) != order(2)
-
-
-def test_a_permutation_of_ten_billion_takes_no_memory_and_spreads_neighbours():
-    keys = np.random.default_rng(0).integers(2**63, size=6, dtype=np.uint64)
-    places = permute(np.arange(20_000), 10**10, keys)
-    assert places.min() >= 0 and places.max() < 10**10 and len(set(places.tolist())) == 20_000
-    assert abs(np.corrcoef(places[:-1], places[1:])[0, 1]) < 0.05  # as of drawn numbers: 0.007
-    assert abs(places.mean() / 10**10 - 0.5) < 0.02
-
-
-def test_windows_are_runs_of_the_file_and_every_start_occurs(tmp_path):
-    tokens = token_file(tmp_path / "train.bin", np.arange(20))
-    batches = draw_from(tokens, CPU, 8)
-    rows = torch.cat([torch.cat(batches(step)) for step in range(50)])
-    assert rows.dtype == torch.int16 and rows.shape == (400, 5)  # as on disk
-    assert (rows == rows[:, :1] + torch.arange(5)).all()
-    assert set(rows[:, 0].tolist()) == set(range(16))
-
-
 @pytest.mark.parametrize("vocab_size", [65536, 65537])
 def test_every_id_arrives_on_the_device_as_it_was_written(tmp_path, vocab_size):
     ids = [0, 1, 2**15 - 1, 2**15, vocab_size - 1]
@@ -240,22 +107,81 @@ def test_every_id_arrives_on_the_device_as_it_was_written(tmp_path, vocab_size):
     assert sent.dtype == torch.int64 and sent.tolist() == [ids]
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_memory_does_not_grow_with_the_steps_on_a_large_file(tmp_path):
-    with open(tmp_path / "train.bin", "wb") as file:
-        file.truncate(2**29)
-    tokens = TokenFile(tmp_path / "train.bin", META, 1024)
-    batches = draw_from(tokens, CPU, 16, gradient_accumulation_steps=8, block_size=1024)
+# --- several files -------------------------------------------------------------------------------
 
-    def resident():
-        with open("/proc/self/statm") as file:
-            return int(file.read().split()[1]) * 4096
+LONG = {"vocab_size": 97}
 
-    batches(0)
-    before = resident()
-    for step in range(1, 200):  # reads about 50 MB of pages all over the file
-        batches(step)
-    assert resident() - before < 2**24
+
+@pytest.fixture(params=[[], [50], [1, 2, 3, 50, 50, 99], [7, 49, 50, 51], range(5, 100, 5)])
+def both(tmp_path, request, monkeypatch):
+    """Open the same 100 ids as one file and as several, cut at the places of the parameter."""
+    monkeypatch.setattr("data.tokens.SAMPLE", 7)  # bytes: pieces of the digest cross a cut
+    ids = np.arange(100) * 31 % 97
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    write_dataset(tmp_path / "one", LONG, train=[ids])
+    for number, part in enumerate(np.split(ids, request.param)):
+        write_dataset(tmp_path / "many", LONG, **{f"train_{number:04}": [part]})
+    return [TokenFile(tmp_path / name / "train.bin", LONG, 4) for name in ("one", "many")]
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_several_files_are_read_as_one(both, monkeypatch, large):
+    if large:
+        monkeypatch.setattr("data.tokens.SCAN_BYTES", 0)
+    one, many = both
+    for tokens in both:
+        tokens.limit(97)
+    assert len(one.ids) == len(many.ids) == 100 and one.digest() == many.digest()
+    for length in (1, 5, 60, 100):
+        starts = np.arange(101 - length)
+        assert torch.equal(one.windows(starts, length), many.windows(starts, length))
+    for most in (3, 100):
+        assert (one.evenly_spaced(4, most) == many.evenly_spaced(4, most)).all()
+    assert all((one.ids[a:b] == many.ids[a:b]).all() for a in range(100) for b in range(a, 101))
+
+
+def test_bytes_per_token_count_all_files(tmp_path):
+    meta = char_meta("aé東")
+    ids = [0, 0, 1, 2, 2]
+    write_dataset(tmp_path, meta, val_0000=[ids[:2]], val_0001=[ids[2:]])
+    one = token_file(tmp_path / "one.bin", ids, meta)
+    several = TokenFile(tmp_path / "val.bin", meta, 4)
+    assert several.bytes_per_token() == one.bytes_per_token() == (1 + 1 + 2 + 3 + 3) / 5
+
+
+def test_an_id_beyond_the_vocabulary_is_found_in_any_file(tmp_path):
+    write_dataset(tmp_path, META, train_0000=[[1] * 9], train_0001=[[100]])
+    with pytest.raises(UserError, match=r"train_\*.bin holds id 100, the vocabulary 100"):
+        TokenFile(tmp_path / "train.bin", META, 4)
+
+
+@pytest.mark.parametrize(
+    "names, line",
+    [
+        (["train_0000", "train_0002"], "lacks train_0001.bin but has a later one; copy it again"),
+        (["train_0001"], "lacks train_0000.bin but has a later one; copy it again"),
+        (["train_0000", "train_1"], "lacks train_0001.bin but has a later one; copy it again"),
+        (["train", "train_0000"], "has train.bin and train_0000.bin; remove one of them"),
+    ],
+)
+def test_a_gap_among_the_files_and_two_of_a_kind_get_a_line(tmp_path, names, line):
+    write_dataset(tmp_path, META, **{name: [[1] * 9] for name in names})
+    with pytest.raises(UserError, match=f"^{tmp_path} {line}$"):
+        TokenFile(tmp_path / "train.bin", META, 4)
+
+
+def test_half_a_token_in_any_file_is_found(tmp_path):
+    write_dataset(tmp_path, META, train_0000=[[1] * 9], train_0001=[[1] * 9])
+    with open(tmp_path / "train_0000.bin", "ab") as file:
+        file.write(b"1")
+    with pytest.raises(UserError, match="train_.*.bin holds 18 tokens and 1 bytes; block_size=4 "):
+        TokenFile(tmp_path / "train.bin", META, 4)
+
+
+def test_another_name_is_no_part_of_a_split(tmp_path):
+    write_dataset(tmp_path, META, train=[[1] * 9], train_old=[[2] * 9], trainer_0000=[[3] * 9])
+    assert set(TokenFile(tmp_path / "train.bin", META, 4).ids[:].tolist()) == {1}
 
 
 # --- tokenizers ----------------------------------------------------------------------------------

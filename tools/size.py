@@ -17,8 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 import train  # noqa: E402
 from configurator import configure  # noqa: E402
+from data.batches import StepSizes  # noqa: E402
 from data.tokenizer import GPT2, read_meta  # noqa: E402
-from data.tokens import StepSizes, id_dtype  # noqa: E402
+from data.tokens import TokenFile, files_of  # noqa: E402
 from engine.process import (  # noqa: E402
     UserError,
     import_extra,
@@ -73,9 +74,9 @@ def build(config):
     if train.init_from != "scratch":
         raise UserError(f"init_from={train.init_from}: give --n_layer, --n_head, --n_embd instead")
     folder, tokens, meta = ROOT / "data" / train.dataset, None, GPT2
-    if (folder / "train.bin").exists():
+    if files_of(folder / "train.bin")[0].exists():
         meta = read_meta(folder)
-        tokens = (folder / "train.bin").stat().st_size // id_dtype(meta).itemsize
+        tokens = len(TokenFile(folder / "train.bin", meta, block_size=1).ids)
     with torch.device("meta"):
         return train.build_model(None, meta, config, "meta"), tokens
 
@@ -125,8 +126,7 @@ def print_time(model, config, flops, power, tokens):
 
     Returns the tokens; `tokens` are those of the dataset, None where it is not prepared.
     """
-    sizes = StepSizes(config)
-    seen = sizes.tokens_until(train.max_iters)
+    seen = StepSizes(config).tokens_until(train.max_iters)
     epochs = f", {seen / tokens:.2f} epochs of {train.dataset}" if tokens else ""
     print(f"tokens: {seen:,} in {train.max_iters:,} steps{epochs}")
     rate = mfu * gpus * flops / model.flops_per_token()
