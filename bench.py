@@ -22,9 +22,9 @@ from data.batches import Batches
 from data.tokenizer import GPT2, read_meta
 from data.tokens import TokenFile, files_of
 from engine.fast import use_fast_parts
-from engine.log import peak_memory, time_laps
 from engine.process import UserError, one_line_errors
 from engine.runtime import compile_model, start_runtime
+from engine.timing import peak_memory, time_laps
 
 # Benchmark
 steps = 100                         # steps to measure at most, in each turn

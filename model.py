@@ -207,7 +207,9 @@ class GPT(nn.Module):
 
     # --- optimizer -------------------------------------------------------------------------------
 
-    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type, name="adamw"):
+    def configure_optimizers(
+        self, weight_decay, learning_rate, betas, device_type, name="adamw", eps=1e-8
+    ):
         """Return the optimizer "adamw" or "muon", with a group each of what it treats alike.
 
         AdamW decays matrices, not biases and gains; its group order and the order within are
@@ -235,7 +237,7 @@ class GPT(nn.Module):
             {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0},
         ]
         fused = device_type in ("cuda", "cpu", "mps")  # one kernel for the whole update
-        return optimizer(groups, lr=learning_rate, betas=betas, fused=fused)
+        return optimizer(groups, lr=learning_rate, betas=betas, eps=eps, fused=fused)
 
     # --- weights ---------------------------------------------------------------------------------
 

@@ -18,9 +18,9 @@ from data.tokenizer import check_tokenizer
 from data.tokens import check_vocabulary, open_dataset, send
 from engine.checkpoint import State, check_shape, checkpoint_to_resume, model_config
 from engine.fast import recompute_activations, use_fast_parts
-from engine.folder import check_writable, take_folder
+from engine.folder import take_folder
 from engine.health import Health
-from engine.log import StepTimer, finish
+from engine.log import finish
 from engine.process import UserError, one_line_errors, user_error, user_path
 from engine.runtime import compile_model, shard, start_runtime, unshard, wrap
 from engine.size import note_memory
@@ -35,7 +35,9 @@ log_interval = 1                    # steps between log lines
 eval_iters = 200                    # evaluate at most this many batches per split
 health_interval = 0                 # steps between lines on each layer in log.jsonl; 0: none
 eval_only = False                   # evaluate once, write nothing, stop
+patience = 0                        # stop after so many without a better model; 0: never
 always_save_checkpoint = True       # ckpt.pt is the newest model; False: the best one
+save_interval = 0.0                 # minutes after which to save between evaluations; 0: never
 init_from = "scratch"               # scratch, resume, gpt2, gpt2-xl, OWNER/NAME, a folder
 auto_resume = False                 # resume where out_dir holds a checkpoint, else use init_from
 checkpoint_file: str | None = None  # resume from this file in out_dir; None: from the newest
@@ -66,8 +68,10 @@ max_iters = 600000                  # steps, each one update
 weight_decay = 1e-1                 # of matrices only
 beta1 = 0.9                         # AdamW: decay of the mean gradient
 beta2 = 0.95                        # AdamW: decay of the mean squared gradient
+eps = 1e-8                          # AdamW: added to the root of that mean
 grad_clip = 1.0                     # scale longer gradients down to this norm; 0: never
 max_bad_steps = 5                   # stop after so many in a row without a finite gradient
+rollbacks = 0                       # times to undo a lasting rise of the loss, on other batches
 # Schedule
 decay_lr = True                     # warm up, then decay; False: learning_rate throughout
 warmup_iters = 2000                 # steps of linear warm-up
@@ -95,7 +99,8 @@ RANGES = {  # setting -> the least, and what it must stay below
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "timeout"), (1, MOST)),
     **dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "grad_clip"), (0, MOST)),
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters"), (0, MOST)),
-    **dict.fromkeys(("batch_ramp_iters", "health_interval"), (0, MOST)),
+    **dict.fromkeys(("batch_ramp_iters", "health_interval", "patience"), (0, MOST)),
+    **dict.fromkeys(("save_interval", "rollbacks", "eps"), (0, MOST)),
     **dict.fromkeys(("dropout", "beta1", "beta2", "constant_share", "batch_ramp_start"), (0, 1)),
     "seed": (0, 2**63),
 }
@@ -183,7 +188,7 @@ def build_state(saved, meta, data, config, runtime):
     if fsdp and runtime.world_size > 1:
         shard(model, model.transformer.h, runtime)
     updater = model.configure_optimizers(
-        weight_decay, learning_rate, (beta1, beta2), runtime.device.type, optimizer
+        weight_decay, learning_rate, (beta1, beta2), runtime.device.type, optimizer, eps
     )
     scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
     state = State(model, updater, scaler, meta, {name: data[name].digest() for name in data})
@@ -250,8 +255,9 @@ def train_step(model, state, batches, step, runtime):
     optimizer, scaler = state.optimizer, state.scaler
     for group in optimizer.param_groups:
         group["lr"] = learning_rate_at(step)
-    micro_batches, mean_loss = batches(step), 0.0
-    sequences = batches.sequences_at(step) / runtime.world_size  # of a rank, on average
+    place = step + state.watch.skipped  # among the batches
+    micro_batches, mean_loss = batches(place), 0.0
+    sequences = batches.sequences_at(place) / runtime.world_size  # of a rank, on average
     for count, tokens in enumerate(micro_batches, start=1):
         model.require_backward_grad_sync = count == len(micro_batches)  # DDP averages only then
         tokens = send(tokens, runtime.device)
@@ -309,25 +315,10 @@ def load_checkpoint(config):
 
     `config` becomes that of the resumed run.
     """
-    if not eval_only:
-        check_writable(user_path(out_dir))
-    saved, lines = checkpoint_to_resume(config), []
-    if saved:
-        settings = {**saved["config"], **saved["model_args"]}
-        with user_error("the checkpoint's settings", ValueError):
-            lines = take_over(config, settings, OF_THE_COMMAND)
-    return saved, lines
-
-
-def describe(changes, state, data, batches, log):
-    """Print which settings have changed, and what will run."""
-    log.runtime.say("\n".join(changes))
-    log.describe(dataset, data, state.step, batches.tokens_until)
-    if decay_lr and last_decay_step() > max_iters:
-        log.runtime.say(
-            f"schedule: it ends at {learning_rate_at(max_iters):.2g}, not at min_lr, because "
-            f"lr_decay_iters={lr_decay_iters} lies beyond max_iters={max_iters}"
-        )
+    saved = checkpoint_to_resume(config)
+    settings = {**saved["config"], **saved["model_args"]} if saved else {}
+    with user_error("the checkpoint's settings", ValueError):
+        return saved, take_over(config, settings, OF_THE_COMMAND)
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -347,31 +338,28 @@ def main(config):
     model = prepare_model(state, batches, runtime)
     keeper, log = take_folder(saved, state, config, runtime)
     del saved  # and with it the mapping of its file
-    describe(changes, state, data, batches, log)
-    timer, health = StepTimer(state.step, runtime), Health(state, config, runtime)
+    log.begin(changes, data, state.step, batches, learning_rate_at(max_iters))
+    health = Health(state, config, runtime)
 
-    for step in range(state.step, max(state.step, max_iters) + 1):
+    step = state.step
+    while True:
         stopped = runtime.stop_requested()
         done = stopped or eval_only or step >= max_iters
+        evaluates = not stopped and (done or step % eval_interval == 0)
 
-        if done or step % eval_interval == 0:
-            with timer.paused():
-                health.bad_steps.check(step, keeper)
-                losses = {} if stopped else evaluate(state.model, data, runtime)
+        if done or evaluates or keeper.is_due():
+            with log.timer.paused():
+                losses = evaluate(state.model, data, runtime) if evaluates else {}
                 log.evaluation(step, losses)
-                is_saved = keeper.save(state, step, losses, config)
+                is_saved = keeper.save(state, step, losses)
             stopped = stopped or runtime.stop_requested()  # while it evaluated
-        if done or stopped:
+        if done or stopped or keeper.out_of_patience(step):
             break
 
         loss, grad_norm = train_step(model, state, batches, step, runtime)
         health.add(step, loss, grad_norm, log)
-
-        if step % log_interval == 0:
-            log.step(step, loss, grad_norm, learning_rate_at(step), batches.tokens_until, timer)
-            health.bad_steps.check(step, keeper)
-        else:
-            log.progress(step)
+        log.step(step, loss, grad_norm, learning_rate_at(step))
+        step = health.check(step + 1, keeper, log)  # an earlier one, where a rise is undone
 
     finish(stopped, is_saved, keeper, log)
 

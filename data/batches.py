@@ -35,6 +35,10 @@ class StepSizes:
         grown = min(step, len(self.growing) - 1)
         return self.growing[grown] + (step - grown) * self.sequences
 
+    def tokens_at(self, step):
+        """Return the number of tokens of `step`."""
+        return self.sequences_at(step) * self.block_size
+
     def tokens_until(self, step):
         """Return the number of tokens of all steps before `step`."""
         return self.sequences_until(step) * self.block_size

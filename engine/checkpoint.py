@@ -3,12 +3,13 @@
 import dataclasses
 import os
 import zipfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin
 
 import torch
 
-from engine.process import UserError, reason, user_path
+from engine.health import LossWatch
+from engine.process import UserError, check_writable, reason, user_error, user_path
 from engine.runtime import gather_on_rank_0, shard_like
 
 NANOGPTS = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"
@@ -49,7 +50,7 @@ def read_checkpoint(path):
 def missing_parts(saved):
     """Return the names of what a checkpoint must hold and this one does not, in the right type."""
     needed = {"model": dict, "model_args": dict, "iter_num": int, "config": dict}
-    optional = {"optimizer": dict, "scaler": dict, "tokenizer": dict, "data": dict}
+    optional = dict.fromkeys(("optimizer", "scaler", "tokenizer", "data", "watch"), dict)
     lacks = [key for key, kind in needed.items() if not isinstance(saved.get(key), kind)]
     lacks += [key for key, kind in optional.items() if not isinstance(saved.get(key, {}), kind)]
     return lacks
@@ -59,7 +60,8 @@ def find_checkpoint(folder, name=None, newest=False):
     """Return a checkpoint in `folder`; UserError where there is none.
 
     The file called `name`; else the `newest`, to go on from; else ckpt.pt, or another where there
-    is none: it stands for the run where that is evaluated or sampled from.
+    is none: it stands for the run where that is evaluated or sampled from. After a rollback, which
+    skips batches, steps count anew.
     """
     if name:
         return read_checkpoint(folder / name)
@@ -67,12 +69,20 @@ def find_checkpoint(folder, name=None, newest=False):
     if not paths:
         raise UserError(f"no ckpt.pt in {folder}; name the folder of a run with --out_dir")
     found = map(read_checkpoint, paths if newest else paths[:1])
-    return max(found, key=lambda saved: saved["iter_num"])
+    return max(found, key=lambda saved: (read_watch(saved).skipped, saved["iter_num"]))
+
+
+def read_watch(saved):
+    """Return the LossWatch of a checkpoint, a new one where it has none."""
+    with user_error("the checkpoint's watch over the loss", TypeError, ValueError):
+        return LossWatch(**saved.get("watch", {}))
 
 
 def checkpoint_to_resume(config):
     """Return the checkpoint that a run with these settings goes on from, None for a new run."""
     folder, name = user_path(config["out_dir"]), config["checkpoint_file"]
+    if not config["eval_only"]:
+        check_writable(folder)
     if config["init_from"] == "auto":
         raise UserError("init_from=auto: say what to start from, and add --auto_resume=True")
     begun = any(os.path.exists(folder / known) for known in NAMES)
@@ -112,10 +122,10 @@ def check_shape(name, shape, settings):
 
     That is where they differ from it, and from GPT-2's.
     """
-    for field in ("position", "rms_norm", "tied"):
-        if settings[field] not in (getattr(shape, field), getattr(type(shape), field)):
-            has = f"init_from={name} has {field}={getattr(shape, field)}"
-            raise UserError(f"{has}; leave --{field}={settings[field]} out")
+    for key in ("position", "rms_norm", "tied"):
+        if settings[key] not in (getattr(shape, key), getattr(type(shape), key)):
+            has = f"init_from={name} has {key}={getattr(shape, key)}"
+            raise UserError(f"{has}; leave --{key}={settings[key]} out")
 
 
 def is_of_kind(value, kind):
@@ -166,6 +176,7 @@ class State:
     data: dict  # digest of each split, so that a resumed run notices other data
     step: int = 0  # updates made
     wandb_id: str | None = None
+    watch: LossWatch = field(default_factory=LossWatch)
 
     def restore(self, saved, config, runtime):
         """Take over what the checkpoint `saved` holds beside the weights; None changes nothing.
@@ -195,6 +206,7 @@ class State:
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.wandb_id = saved["iter_num"], saved.get("wandb_id")
+        self.watch = read_watch(saved)
 
     def collect(self, step, best_val_loss, config, runtime):
         """Return the content of a checkpoint; whole on rank 0. Every rank must call it."""
@@ -221,4 +233,5 @@ class State:
             "tokenizer": self.tokenizer,
             "data": self.data,
             "wandb_id": self.wandb_id,
+            "watch": self.watch.examine(runtime),
         }

@@ -8,22 +8,16 @@
 import math
 import os
 import shutil
-import socket
+import time
 from contextlib import suppress
 
 import torch
 
 from engine.checkpoint import NAMES, read_checkpoint
+from engine.lock import lock
 from engine.log import Log
-from engine.process import UserError, at_end, atomic, catch_signals, link, user_error, user_path
+from engine.process import UserError, atomic, catch_signals, link, user_error, user_path
 from engine.runtime import unshard
-
-
-def check_writable(folder, setting="out_dir"):
-    """Raise UserError unless files can be written to `folder`, which need not exist yet."""
-    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
-    if not (place.is_dir() and os.access(place, os.W_OK)):
-        raise UserError(f"{setting}={folder}: {place} is not a folder that can be written to")
 
 
 def claim(folder, runtime):
@@ -42,31 +36,6 @@ def claim(folder, runtime):
             fault = str(found)
     if runtime.reduce("max", bool(fault)):
         raise UserError(fault) if fault else SystemExit(1)
-
-
-def lock(folder):
-    """Lock `folder` until main() or the process ends; UserError if another process holds it.
-
-    The system frees it however the process ends. Where files cannot be locked, nothing happens.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        return
-    file = open(folder / ".lock", "a+", encoding="utf-8")
-    at_end.append(file.close)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        owner = file.read(200) or "another process"
-        raise UserError(f"{folder} is in use by {owner}; give another --out_dir, or wait") from None
-    except OSError:  # a file system without locks
-        return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}")
-    file.flush()
 
 
 def steps_in(folder):
@@ -105,10 +74,12 @@ def set_aside(folder, runtime):
 class Keeper:
     """Keeps the newest and the best state of one run in `folder`."""
 
-    def __init__(self, folder, always_save, runtime, writes=True):
-        self.folder, self.runtime, self.writes = folder, runtime, writes
+    def __init__(self, folder, config, runtime):
+        self.folder, self.config, self.runtime = folder, config, runtime
+        always_save = config["always_save_checkpoint"]
         self.newest, self.best = ("ckpt.pt", "best.pt") if always_save else ("last.pt", "ckpt.pt")
-        self.step, self.best_val_loss = None, math.inf  # of the newest file; of the best
+        self.step, self.saved_at = None, time.monotonic()  # of the newest file
+        self.best_step, self.best_val_loss = 0, math.inf  # of the best
 
     def resume(self, step, newest=True):
         """Go on from `step` with what is in the folder, under the names it has there.
@@ -123,16 +94,18 @@ class Keeper:
         elif (self.folder / "best.pt").exists():
             self.newest, self.best = "ckpt.pt", "best.pt"
         self.step, path = step, self.folder / self.best
-        best_val_loss = math.inf
+        best_step, best_val_loss = 0, math.inf
         if self.runtime.rank == 0 and path.exists():
             saved = read_checkpoint(path)
             # By itself a ckpt.pt may be a newest state, whose best model was not kept.
             alone = path.name == "ckpt.pt" and not (self.folder / self.newest).exists()
             if not (alone and saved["config"].get("always_save_checkpoint", True)):
                 best_val_loss = float(saved.get("best_val_loss", math.inf))
+                best_step = saved["iter_num"]
         self.best_val_loss = self.runtime.reduce("min", best_val_loss)
+        self.best_step = int(self.runtime.reduce("max", best_step))
 
-    def save(self, state, step, losses, config):
+    def save(self, state, step, losses):
         """Write the state of `step` where it is new or the best; return whether that worked.
 
         `losses` are those of an evaluation, or empty. Every rank must call it; rank 0 writes. The
@@ -148,18 +121,32 @@ class Keeper:
             names.append(self.best)
         if step != self.step:
             names.append(self.newest)
-        if not self.writes or not names:
+        if self.config["eval_only"] or not names:
             return True
         best_val_loss = min(val_loss, self.best_val_loss)
-        content = state.collect(step, best_val_loss, config, self.runtime)
+        content = state.collect(step, best_val_loss, self.config, self.runtime)
         saved = True
         if self.runtime.rank == 0:
             saved = self.write(names, content)
         saved = self.runtime.reduce("min", saved)
         self.best_val_loss = self.runtime.reduce("min", self.best_val_loss)
+        if self.best in names and self.best_val_loss == val_loss:
+            self.best_step = step
         if saved:
-            self.step = step
+            self.step, self.saved_at = step, time.monotonic()
         return bool(saved)
+
+    def is_due(self):
+        """Return whether save_interval has passed since the last save. Every rank must call it."""
+        minutes = self.config["save_interval"]
+        if not minutes:
+            return False
+        return bool(self.runtime.reduce("max", time.monotonic() - self.saved_at >= 60 * minutes))
+
+    def out_of_patience(self, step):
+        """Return whether the best model is `patience` evaluations older than `step`."""
+        patience = self.config["patience"] * self.config["eval_interval"]  # in steps
+        return bool(patience) and step - self.best_step >= patience
 
     def write(self, names, content):
         """Write a checkpoint under each of `names`; return False, once it is said, if one fails."""
@@ -181,6 +168,9 @@ class Keeper:
                 self.best_val_loss = content["best_val_loss"]
         return True
 
+    def read_best(self):
+        return read_checkpoint(self.folder / self.best)
+
     def what_is_kept(self):
         """Return a phrase on what there is to resume from."""
         if self.step is None:
@@ -194,10 +184,9 @@ def take_folder(saved, state, config, runtime):
     `saved` is the checkpoint that the run resumes from, None for a new run. From here on a signal
     does not end the process but the loop.
     """
-    folder, writes = user_path(config["out_dir"]), not config["eval_only"]
-    keeper = Keeper(folder, config["always_save_checkpoint"], runtime, writes)
-    log = Log(state.model, config["max_iters"], runtime)
-    if not writes:
+    folder = user_path(config["out_dir"])
+    keeper, log = Keeper(folder, config, runtime), Log(state.model, config, runtime)
+    if config["eval_only"]:
         return keeper, log
     claim(folder, runtime)
     if config["wandb_log"]:

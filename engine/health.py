@@ -1,15 +1,18 @@
-"""Whether a run is healthy: steps without a finite gradient, and each layer from the inside.
-
-A layer whose gradient vanishes learns nothing, one whose update is a large part of its weights is
-thrown about, and attention whose scores are in the hundreds looks at one token only.
-"""
+"""Whether a run is healthy: steps without a finite gradient, and a loss that rises and stays."""
 
 import math
+import statistics
+from dataclasses import dataclass, field
 
 import torch
 
+from engine.layers import Layers
 from engine.process import UserError
-from engine.runtime import unshard
+from engine.runtime import shard_like
+
+CHECKED = 10  # steps between two looks at what the device has noted, each of which waits for it
+WINDOW = 50  # losses whose median is watched: more than half of them must be high
+RISE = 0.3  # nats above its lowest that this median must reach
 
 
 class BadSteps:
@@ -44,96 +47,129 @@ class BadSteps:
             )
 
 
-class Health:
-    """Counts bad steps; and at every health_interval-th step, looks at each layer.
+@dataclass
+class LossWatch:
+    """Notices a loss that rises and stays up, though each is finite; a bad batch or two do not.
 
-    It takes the norms of gradients, weights and updates then, and holds a copy of the weights. All
-    ranks must do so, for weights may be sharded. An interval of 0 is never, and costs nothing.
+    A rise is one of the median of WINDOW losses, by RISE nats and by ten of its standard errors
+    above the lowest that it ever was. What is known stands in plain fields, which a checkpoint
+    keeps, so that a resumed run decides as one that never stopped.
     """
 
-    def __init__(self, state, config, runtime):
-        self.bad_steps = BadSteps(config["max_bad_steps"], runtime)
-        self.model, self.scaler = state.model, state.scaler
-        self.interval = interval = config["health_interval"]
-        self.grad_clip = config["grad_clip"] or math.inf
-        self.due = bool(interval) and state.step % interval == 0  # is the next step measured?
-        self.steps = self.clipped = 0  # since the last measured one
-        self.old, self.figures = {}, {}  # weights before the update; name/layer -> tensor
-        if not interval:
+    recent: list[float] = field(default_factory=list)  # losses
+    median: float = math.inf  # of them
+    lowest: float = math.inf  # of these medians
+    margin: float = math.inf  # a rise is higher above it than this
+    calm_step: int = 0  # the last whose median was near the lowest
+    began: int | None = None  # the step at which the loss began to rise, if it is up
+    is_told: bool = False
+    rollbacks: int = 0  # made
+    skipped: int = 0  # batches, by rollbacks
+
+    def __post_init__(self):
+        self.waiting = {}  # step -> loss, on the device
+        if not all(isinstance(n, int) for n in (self.calm_step, self.rollbacks, self.skipped)):
+            raise ValueError("its steps are no numbers")
+
+    def examine(self, runtime):
+        """Take in the losses that wait; return all that is known. Every rank must call it."""
+        if self.waiting:
+            sums = runtime.reduce("sum", torch.stack(list(self.waiting.values())).tolist())
+            for step, total in zip(self.waiting, sums, strict=True):
+                self.add(step, total / runtime.world_size)
+            self.waiting = {}
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+    def add(self, step, loss):
+        self.recent = [*self.recent, loss][-WINDOW:]
+        if len(self.recent) < WINDOW or not math.isfinite(sum(self.recent)):
             return
-        model, optimizer = state.model, state.optimizer
-        # Muon's step calls AdamW's: both hooks may run twice, and then the last time counts.
-        optimizer.register_step_pre_hook(self.before_update)
-        optimizer.register_step_post_hook(self.after_update)
-        if runtime.compile:  # a compiled graph runs no Python in between
-            runtime.say("health: no attention scores where the model is compiled")
-        else:
-            for name, module in model.named_modules():
-                if hasattr(module, "attend"):
-                    module.attend = self.watched(module.attend, layer_of(name))
+        self.median = statistics.median(self.recent)
+        if self.median < self.lowest:
+            self.lowest = self.median
+            noise = statistics.stdev(self.recent) / math.sqrt(WINDOW)
+            self.margin = max(RISE, 10 * noise)
+        if self.median < self.lowest + self.margin / 4:
+            self.calm_step, self.began, self.is_told = step, None, False
+        elif self.median > self.lowest + self.margin and self.began is None:
+            first = step + 1 - WINDOW
+            self.began = min(self.calm_step + 1, first + place_of_rise(self.recent))
 
-    def watched(self, attend, layer):
-        """Return `attend`, which from now on notes the largest score of a measured step.
+    def rise(self):
+        """Return a phrase on the rise of the loss that is not told yet, "" where there is none."""
+        if self.began is None or self.is_told:
+            return ""
+        return f"from step {self.began} the loss rose, {self.lowest:.4f} to {self.median:.4f}"
 
-        It is that of the first sequence of each micro-batch, for all of them would cost as much as
-        attention, and before ALiBi takes from it.
-        """
 
-        def attend_and_note(q, k, v, **options):
-            if self.due and torch.is_grad_enabled():
-                scores = q[:1].detach() @ k[:1].detach().mT / math.sqrt(q.size(-1))  # (1, H, T, T)
-                future = torch.ones_like(scores, dtype=torch.bool).triu(1)
-                name = f"attention_score/{layer}"
-                seen = self.figures.get(name, scores.new_tensor(-math.inf))
-                self.figures[name] = torch.maximum(seen, scores[~future].max())
-            return attend(q, k, v, **options)
+def place_of_rise(losses):
+    """Return where `losses` are best cut in two: each part then differs least from its mean."""
 
-        return attend_and_note
+    def spread(part):
+        return len(part) * statistics.pvariance(part)
 
-    def before_update(self, *_):
-        if self.due:
-            self.old = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-            self.note("grad_norm", ((n, p.grad) for n, p in self.model.named_parameters()))
-            self.note("weight_norm", self.old.items())
+    return min(range(1, len(losses)), key=lambda cut: spread(losses[:cut]) + spread(losses[cut:]))
 
-    def after_update(self, *_):
-        if self.due:
-            now = self.model.named_parameters()
-            self.note("update_norm", ((n, p.detach() - self.old[n]) for n, p in now))  # one by one
 
-    @torch.no_grad()
-    def note(self, figure, tensors):
-        """Note the norm over each layer of `tensors`, pairs of a parameter's name and a tensor."""
-        layers = {}
-        for name, tensor in tensors:
-            if tensor is not None:
-                norm = unshard(torch.linalg.vector_norm(tensor))
-                layers.setdefault(layer_of(name), []).append(norm)
-        for layer, norms in layers.items():
-            self.figures[f"{figure}/{layer}"] = torch.stack(norms).norm()
+class Health:
+    """Watches a run step by step, ends one that is broken, and can undo a rise of the loss."""
+
+    def __init__(self, state, config, runtime):
+        self.state, self.config, self.runtime = state, config, runtime
+        self.bad_steps = BadSteps(config["max_bad_steps"], runtime)
+        self.layers = Layers(state, config, runtime)
 
     def add(self, step, loss, grad_norm, log):
-        """Take note that `step` was made; if it was measured, write the figures to `log`."""
-        self.bad_steps.add(loss, grad_norm, self.scaler)
-        if not self.interval:
-            return
-        self.steps += 1
-        self.clipped += grad_norm > self.grad_clip
-        if self.due:
-            self.write(step, log)
-        self.due = (step + 1) % self.interval == 0
+        """Take note of a step's loss and gradient norm, tensors on the device."""
+        self.bad_steps.add(loss, grad_norm, self.state.scaler)
+        self.state.watch.waiting[step] = loss
+        self.layers.add(step, grad_norm, log)
 
-    def write(self, step, log):
-        """Record the figures: gradients as clipped, updates as shares of the weights. Syncs."""
-        figures = {name: value.item() for name, value in self.figures.items()}
-        for name in [name for name in figures if name.startswith("update_norm/")]:
-            layer = name.partition("/")[2]
-            figures[f"update_ratio/{layer}"] = figures.pop(name) / figures[f"weight_norm/{layer}"]
-        log.record({"iter": step, "clipped": float(self.clipped) / self.steps, **figures})
-        self.old, self.figures, self.steps, self.clipped = {}, {}, 0, 0
+    def check(self, step, keeper, log):
+        """Return the step to go on from: `step`, or that of the best model, to undo a rise.
 
+        It looks at every CHECKED-th step, and syncs the device. Every rank must call it. Raises
+        UserError after too many bad steps in a row, or once the loss has risen more than
+        `rollbacks` times.
+        """
+        if step % CHECKED and step < self.config["max_iters"]:
+            return step
+        self.bad_steps.check(step, keeper)
+        watch, most = self.state.watch, self.config["rollbacks"]
+        watch.examine(self.runtime)
+        rise = watch.rise()  # in words
+        if not rise:
+            return step
+        if not most:
+            self.runtime.say(f"step {step}: {rise}; --rollbacks=3 would undo it")
+            watch.is_told = True
+            return step
+        if watch.rollbacks >= most:
+            raise UserError(
+                f"step {step}: {rise}, after {most} rollbacks; {keeper.what_is_kept()}; "
+                f"lower --learning_rate"
+            )
+        self.roll_back(step, keeper)
+        back, watch = self.state.step, self.state.watch
+        why = f"rollback {watch.rollbacks} of {most}, to step {back} and other batches"
+        self.runtime.say(f"step {step}: {rise}; {why}")
+        log.go_back(back, {"rolled_back_from": step, "skipped": watch.skipped})
+        self.layers.expect(back)
+        return back
 
-def layer_of(name):
-    """Return the layer that a module or parameter belongs to: h.3, wte, ln_f, lm_head."""
-    parts = name.removeprefix("transformer.").split(".")
-    return ".".join(parts[:2]) if parts[0] == "h" else parts[0]
+    def roll_back(self, step, keeper):
+        """Turn the state, that of `step`, into the best one, with the batches since then skipped.
+
+        It is saved as the newest, so that a run that is killed now goes on from it.
+        """
+        state, best = self.state, keeper.read_best()
+        with torch.no_grad():
+            for name, weight in state.model.state_dict().items():
+                saved = best["model"][name][: len(weight)]  # positions may be cropped since
+                weight.copy_(shard_like(weight, saved.to(weight.device)))
+        undone = state.watch
+        state.restore(best, self.config, self.runtime)
+        state.watch.skipped = undone.skipped + step - state.step
+        state.watch.rollbacks = undone.rollbacks + 1
+        keeper.step = None  # of what is newest on the disk, nothing is kept
+        keeper.save(state, state.step, {})

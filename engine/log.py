@@ -1,23 +1,22 @@
-"""What a run says, on the console, in log.jsonl and to Weights & Biases; and what it measures."""
+"""What a run says, on the console, in log.jsonl and to Weights & Biases."""
 
 import json
 import math
 import os
 import signal
 import sys
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import timedelta
 
-import torch
-
 from engine.process import UserError, atomic, user_error
+from engine.timing import StepTimer, peak_memory
 
 
 class Log:
     """The console lines of a run, its log.jsonl and its wandb run. Rank 0 prints and writes."""
 
-    def __init__(self, model, max_iters, runtime):
-        self.model, self.max_iters, self.runtime = model, max_iters, runtime
+    def __init__(self, model, config, runtime):
+        self.model, self.config, self.runtime = model, config, runtime
         self.path = self.wandb = None  # until they are opened
         self.bytes_per_token = None  # of the text to evaluate on, where it is known
         self.tokens_per_epoch = math.inf  # of the text to train on
@@ -81,24 +80,33 @@ class Log:
             if len(self.waiting) == 1:
                 self.runtime.say(f"{self.path} waits: {fault.strerror}; its lines are kept")
 
-    def describe(self, dataset, data, step, tokens_until):
-        """Print what will run from `step` on: on which dataset, whose splits are `data`.
+    def begin(self, changes, data, step, sizes, last_rate):
+        """Print which settings have changed, and what will run from `step` on.
 
-        tokens_until(step) is the number of tokens of all steps before `step`, over all ranks.
+        data: its splits. sizes: the StepSizes of its steps, whose time counts from here. last_rate:
+        the learning rate that they end at.
         """
-        model, say = self.model, self.runtime.say
-        sizes = ", ".join(f"{split} {len(tokens.ids):,}" for split, tokens in data.items())
+        model, config, say = self.model, self.config, self.runtime.say
+        max_iters, decay_iters = config["max_iters"], config["lr_decay_iters"]
+        counts = ", ".join(f"{split} {len(tokens.ids):,}" for split, tokens in data.items())
         millions, megaflops = model.get_num_params() / 1e6, model.flops_per_token() / 1e6
         if self.runtime.rank == 0:
             self.bytes_per_token = data["val"].bytes_per_token()
+        say("\n".join(changes))
         say(f"hardware: {self.runtime.about}")
-        say(f"data: {dataset}, {sizes} tokens, vocabulary {model.config.vocab_size:,}")
+        say(f"data: {config['dataset']}, {counts} tokens, vocabulary {model.config.vocab_size:,}")
         say(f"model: {millions:.2f}M parameters, {megaflops:,.0f} MFLOPs per token")
         self.tokens_per_epoch = len(data["train"].ids)
-        first, last = (tokens_until(n + 1) - tokens_until(n) for n in (step, self.max_iters))
+        first, last = sizes.tokens_at(step), sizes.tokens_at(max_iters)
         each = f"{first:,} to {last:,}" if first < last else f"{last:,}"
-        epochs = tokens_until(self.max_iters) / self.tokens_per_epoch
-        say(f"steps: {step} to {self.max_iters}, of {each} tokens each, {epochs:,.2f} epochs")
+        epochs = sizes.tokens_until(max_iters) / self.tokens_per_epoch
+        say(f"steps: {step} to {max_iters}, of {each} tokens each, {epochs:,.2f} epochs")
+        if config["decay_lr"] and (decay_iters or 0) > max_iters:
+            say(
+                f"schedule: it ends at {last_rate:.2g}, not at min_lr, because "
+                f"lr_decay_iters={decay_iters} lies beyond max_iters={max_iters}"
+            )
+        self.tokens_until, self.timer = sizes.tokens_until, StepTimer(step, self.runtime)
 
     def evaluation(self, step, losses):
         """Print and record the mean loss of each split, if there was an evaluation.
@@ -118,36 +126,48 @@ class Log:
         self.runtime.say(f"step {step}: train loss {train:.4f}, val loss {val:.4f}, {undecided}")
         self.record(entry)
 
-    def step(self, step, loss, grad_norm, lr, tokens_until, timer):
-        """Print and record the figures of `step`, and how fast those since the last call were.
+    def step(self, step, loss, grad_norm, lr):
+        """Print and record the figures of `step`, and how fast those since the last line were.
 
-        tokens_until as above. Every rank must call it: the loss is the mean over all of them. Syncs
-        the device.
+        That is at each log_interval-th step, and syncs the device; at others only a terminal shows
+        the progress. Every rank must call it: the loss is the mean over all of them.
         """
-        begun, world_size = timer.step, self.runtime.world_size
-        seconds = timer.lap(step + 1)
-        tokens = (tokens_until(step + 1) - tokens_until(begun)) / (step + 1 - begun)  # per step
+        if step % self.config["log_interval"]:
+            self.progress(step)
+            return
+        begun, world_size = self.timer.step, self.runtime.world_size
+        seconds = self.timer.lap(step + 1)
+        seen = self.tokens_until(step + 1)
+        tokens = (seen - self.tokens_until(begun)) / (step + 1 - begun)  # per step
         loss = self.runtime.reduce("sum", loss.item()) / world_size
         grad_norm = grad_norm.item()
         peak_flops, rate = self.runtime.peak_flops(), tokens / seconds
         mfu = self.model.estimate_mfu(tokens / world_size, seconds, peak_flops)
         speed = f"{rate:,.0f} tok/s, mfu {mfu:.2%}" if mfu else f"{rate:,.0f} tok/s"
-        to_come = tokens_until(self.max_iters) - tokens_until(step + 1)
-        left = timedelta(seconds=round(to_come / rate))
+        left = timedelta(seconds=round((self.tokens_until(self.config["max_iters"]) - seen) / rate))
+        memory = peak_memory(self.runtime)
         self.runtime.say(
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}, "
-            f"norm {grad_norm:.2f}, {left} left"
+            f"norm {grad_norm:.2f}, {seen:,} tokens, {memory / 2**30:.2f} GiB, "
+            f"{left} left"
         )
         entry = {"iter": step, "loss": loss, "grad_norm": grad_norm, "ms": seconds * 1000, "lr": lr}
-        seen = tokens_until(step + 1)
         entry |= {"tokens": seen, "epoch": seen / self.tokens_per_epoch}
-        entry |= {"tokens_per_second": rate, "mfu": mfu, "peak_bytes": peak_memory(self.runtime)}
+        entry |= {"tokens_per_second": rate, "mfu": mfu, "peak_bytes": memory}
         self.record(entry)
 
     def progress(self, step):
         """Show on a terminal that a step without a line of its own was made."""
         if sys.stdout.isatty():
-            self.runtime.say(f"step {step} of {self.max_iters}", end="\r")  # till the next line
+            of = self.config["max_iters"]
+            self.runtime.say(f"step {step} of {of}", end="\r")  # till the next line
+
+    def go_back(self, step, why):
+        """Go on from `step`, earlier than the last: its lines from there on are dropped."""
+        if self.path:
+            self.open(self.path, step, self.config)
+        self.record({"iter": step, **why})
+        self.timer = StepTimer(step, self.runtime)
 
 
 def finish(stopped, saved, keeper, log):
@@ -160,62 +180,11 @@ def finish(stopped, saved, keeper, log):
         go_on = f"go on with --init_from=resume --out_dir={folder}"
         say(f"{signal.Signals(stopped).name}: {keeper.what_is_kept()}; {go_on}")
     elif keeper.best_val_loss < math.inf:
+        if keeper.out_of_patience(keeper.step):
+            say(f"stopped: no better model since step {keeper.best_step}; --patience=0 goes on")
         say(f"best model: {folder / keeper.best}, val loss {keeper.best_val_loss:.4f}")
     log.write_waiting()
     if log.waiting or not saved:
         raise SystemExit(1)  # it was said why
     if stopped:
         raise SystemExit(128 + stopped)
-
-
-class StepTimer:
-    """Seconds per step, between points where the device was waited for; pauses do not count."""
-
-    def __init__(self, step, runtime):
-        self.runtime, self.step, self.began = runtime, step, runtime.now()
-
-    @contextmanager
-    def paused(self):
-        began = self.runtime.now()
-        yield
-        self.began += self.runtime.now() - began
-
-    def lap(self, step):
-        """Return seconds per step since the last call, at `step` steps made. Syncs the device."""
-        now = self.runtime.now()
-        mean = (now - self.began) / (step - self.step)
-        self.step, self.began = step, now
-        return mean
-
-
-def time_laps(work, most, limit, runtime):
-    """Return seconds per call of work(1), work(2), ..., for `most` calls or `limit` seconds.
-
-    Each is the mean of a lap of up to 10 calls, as between log lines: waiting for the device costs
-    little then.
-    """
-    began, times, index, lap = runtime.now(), [], 1, 1
-    # Ranks have clocks of their own and must agree when to stop: the slowest counts.
-    while index <= most and runtime.reduce("max", runtime.now() - began) < limit:
-        lap_began = runtime.now()
-        for _ in range(lap):
-            work(index)
-            index += 1
-        times.append(runtime.reduce("max", runtime.now() - lap_began) / lap)
-        lap = max(1, min(10, round(0.1 / times[-1])))
-    return times
-
-
-def peak_memory(runtime):
-    """Return the most memory used so far in bytes, of the GPU or else of this process.
-
-    Not a number where the system does not say: Windows.
-    """
-    if runtime.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(runtime.device)
-    try:
-        import resource
-    except ImportError:
-        return math.nan
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -203,6 +203,13 @@ def user_path(text):
         return Path(text).expanduser()
 
 
+def check_writable(folder, setting="out_dir"):
+    """Raise UserError unless files can be written to `folder`, which need not exist yet."""
+    place = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
+    if not (place.is_dir() and os.access(place, os.W_OK)):
+        raise UserError(f"{setting}={folder}: {place} is not a folder that can be written to")
+
+
 @contextmanager
 def atomic(path):
     """Open a file that appears at `path`, synced to the disk, only if the block ends well."""

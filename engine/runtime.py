@@ -49,12 +49,15 @@ class Runtime:
             torch.get_device_module(self.device).manual_seed(number)
 
     def reduce(self, op, number):
-        """Return the "sum", "min" or "max" of a number over all ranks. Every rank must call it."""
+        """Return the "sum", "min" or "max" over all ranks of a number, or of each in a list.
+
+        Every rank must call it.
+        """
         if self.world_size == 1:
             return number
         total = torch.tensor(number, dtype=torch.float64)  # on the CPU: no sync of a GPU
         dist.all_reduce(total, getattr(dist.ReduceOp, op.upper()))
-        return total.item()
+        return total.tolist()
 
     def stop_requested(self):
         """Return the signal that asked any rank to stop, else 0. Every rank must call it."""

@@ -106,7 +106,7 @@ def start(tiny):
     started = []
 
     def run(*arguments, processes=1, options=(), script="train.py", **how):
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "OMP_NUM_THREADS": "1"}
         several = [*TORCHRUN, f"--nproc_per_node={processes}", *options]
         command = [*(several if processes > 1 else [sys.executable]), script, *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -180,7 +180,7 @@ def test_a_checkpoint_is_nanogpts_with_more_keys(launch, tiny):
     launch(train, *TINY, "--max_iters=3")
     checkpoint = load("out/ckpt.pt")
     keys = {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
-    more = {"tokenizer", "data", "scaler", "gelu_tanh", "wandb_id"}
+    more = {"tokenizer", "data", "scaler", "gelu_tanh", "wandb_id", "watch"}
     assert checkpoint.keys() == keys | more
     fields = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
     assert checkpoint["model_args"].keys() == fields
@@ -226,7 +226,7 @@ def as_older_code_wrote_it(path, **config):
     """Rewrite a checkpoint: without digests, with gelu_tanh among the model's arguments."""
     saved = load(path)
     gelu_tanh = saved.pop("gelu_tanh")
-    del saved["data"]
+    del saved["data"], saved["watch"]
     if gelu_tanh:
         saved["model_args"]["gelu_tanh"] = True
     added = "auto_resume", "checkpoint_file", "new_data", "fast_parts"

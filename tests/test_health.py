@@ -1,69 +1,228 @@
-"""Each layer from the inside: the figures against plain ones, and a run that they do not change."""
+"""A loss that rises and stays: noticed, undone, and all of it as repeatable as a step."""
 
+import errno
 import math
+import os
+import random
+import signal
+import time
+from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import TINY, assert_equal, load, log, losses
+from conftest import TINY, assert_equal, at_step, load, log, losses
 
 import train
-from engine.health import layer_of
+from data.batches import Batches
+from engine import health
+from engine.health import LossWatch
 
-LAYERS = {"wte", "wpe", "h.0", "h.1", "ln_f"}
-
-
-def measured(folder):
-    return {entry["iter"]: entry for entry in log(folder) if "clipped" in entry}
+slow = pytest.mark.slow
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_the_figures_are_the_norms_of_the_step(launch, tiny, monkeypatch, optimizer):
-    """Of the second step, from the weights before and after it, saved by runs that end there."""
-    options = [*TINY, f"--optimizer={optimizer}", "--grad_clip=0.5", "--lr_decay_iters=9"]
-    gradients = {}
-    clip = torch.nn.utils.clip_grad_norm_
-
-    def keep(parameters, most):
-        parameters = list(parameters)
-        norm = clip(parameters, most)
-        gradients[len(gradients)] = [p.grad.clone() for p in parameters]
-        return norm
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", keep)
-    for end in (1, 2):
-        launch(train, *options, f"--max_iters={end}", f"--out_dir={end}", "--health_interval=1")
-    before, after = load("1/ckpt.pt")["model"], load("2/ckpt.pt")["model"]
-    names = [name for name in before if name != "lm_head.weight"]
-    entry = measured("2")[1]
-    for layer in LAYERS:
-        mine = [name for name in names if layer_of(name) == layer]
-        weight = math.hypot(*(before[name].norm() for name in mine))
-        update = math.hypot(*((after[name] - before[name]).norm() for name in mine))
-        gradient = math.hypot(*(gradients[2][names.index(name)].norm() for name in mine))
-        assert entry[f"weight_norm/{layer}"] == pytest.approx(weight, rel=1e-4)
-        assert entry[f"update_ratio/{layer}"] == pytest.approx(update / weight, rel=1e-3)
-        assert entry[f"grad_norm/{layer}"] == pytest.approx(gradient, rel=1e-4)
-    assert entry["clipped"] == 1.0
-    assert entry["attention_score/h.0"] > -math.inf
+def watch(values):
+    """Return a LossWatch that has seen `values`, and the steps at which a rise was known first."""
+    seen, known = LossWatch(), []
+    for step, value in enumerate(values):
+        before = seen.began
+        seen.add(step, value)
+        if seen.began is not None and before is None:
+            known.append(step)
+    return seen, known
 
 
-def test_a_run_that_is_looked_at_is_the_same_run(launch, tiny):
-    options = [*TINY, "--dropout=0.1", "--max_iters=6", "--log_interval=1"]
-    launch(train, *options, "--out_dir=plain")
-    launch(train, *options, "--out_dir=seen", "--health_interval=2")
-    assert_equal(load("plain/ckpt.pt"), load("seen/ckpt.pt"))
-    assert losses("plain") == losses("seen")
-    assert not measured("plain") and sorted(measured("seen")) == [0, 2, 4]
+def noise(size, spread):
+    return np.random.default_rng(1).normal(0, spread, size)
 
 
-@pytest.mark.slow
-def test_sharded_weights_have_the_same_norms(launch, finish, tiny):
-    options = [*TINY, "--batch_size=4", "--max_iters=3", "--health_interval=1"]
-    launch(train, *options, "--out_dir=one")
-    finish(*options, "--fsdp=True", "--out_dir=two", processes=2)
-    for step, entry in measured("one").items():
-        scores = {name for name in entry if name.startswith("attention")}  # of other sequences
-        assert entry.keys() == measured("two")[step].keys()
-        expected = {name: entry[name] for name in entry.keys() - scores}
-        found = {name: measured("two")[step][name] for name in expected}
-        assert found == pytest.approx(expected, rel=1e-3, abs=1e-6)
+@pytest.mark.parametrize("spread", [0, 0.05, 0.3])
+@pytest.mark.parametrize("steps", [1, 100])
+def test_a_rise_that_stays_is_known_with_the_step_where_it_began(spread, steps):
+    """From 3 to 5 within `steps`."""
+    climb = np.interp(np.arange(2000), [0, 1000, 1200, 1200 + steps], [6, 3, 3, 5])
+    seen, known = watch(climb + noise(2000, spread))
+    assert len(known) == 1 and 1200 < known[0] <= 1200 + steps + health.WINDOW
+    assert 1190 <= seen.began <= 1201 + steps / 2
+    assert seen.lowest == pytest.approx(3, abs=0.1 + spread)
+
+
+@pytest.mark.parametrize("spread", [0.01, 0.1, 0.5, 1.0])
+def test_noise_a_few_bad_batches_and_a_small_rise_are_none(spread):
+    calm = np.interp(np.arange(20_000), [0, 3000, 20_000], [8, 3, 2.5]) + noise(20_000, spread)
+    calm[5000:5010] += 4
+    calm[9000:9300] += 0.2
+    calm[12_000] = math.nan
+    assert watch(calm)[1] == []
+
+
+def test_a_loss_that_came_back_may_rise_again():
+    values = np.repeat([3.0, 5.0, 3.0, 5.0], 200)
+    assert [step // 200 for step in watch(values)[1]] == [1, 3]
+
+
+# --- in a run ------------------------------------------------------------------------------------
+
+RUN = [*TINY, "--learning_rate=1e-2", "--decay_lr=False", "--eval_interval=20", "--eval_iters=2"]
+RUN += ["--max_iters=80", "--dropout=0.1", "--always_save_checkpoint=False"]
+
+BAD = range(44, 50)  # batches that are noise, of each hundred
+
+# A script that trains on them.
+PLANTED = """
+import train
+from configurator import configure
+from data.batches import Batches
+from engine import health
+from test_health import BAD, plant
+
+health.WINDOW = 8
+Batches.draw = plant(Batches.draw, BAD)
+train.main(configure(vars(train)))
+"""
+
+
+def plant(draw, bad):
+    """Return `draw`, which gives noise instead of text for the batches whose number is in `bad`."""
+
+    def planted(self, place):
+        found = draw(self, place)
+        if place % 100 in bad:
+            places = torch.arange(self.block_size + 1) ** 3
+            return [((batch.long() * 5 + places) % 21).to(batch.dtype) for batch in found]
+        return found
+
+    return planted
+
+
+@pytest.fixture
+def planted(monkeypatch):
+    """Let some batches be noise, and 8 losses be enough to see it."""
+    monkeypatch.setattr(health, "WINDOW", 8)
+    monkeypatch.setattr(Batches, "draw", plant(Batches.draw, BAD))
+
+
+def told(out):
+    return [line for line in out.splitlines() if "the loss rose" in line]
+
+
+def assert_same_run(left, right):
+    for name in ("ckpt.pt", "last.pt"):
+        assert_equal(load(f"{left}/{name}"), load(f"{right}/{name}"))
+        assert load(f"{left}/{name}")["watch"] == load(f"{right}/{name}")["watch"]
+    assert losses(left) == losses(right)
+
+
+def test_a_rise_is_told_in_one_line_and_the_run_goes_on(launch, tiny, planted):
+    [line] = told(launch(train, *RUN))
+    assert line.startswith("step 50: from step 44 the loss rose, ")
+    assert line.endswith("; --rollbacks=3 would undo it")
+    assert load("out/last.pt")["iter_num"] == 80
+
+
+def test_a_rollback_is_the_best_state_on_other_batches(launch, tiny, planted):
+    [line] = told(launch(train, *RUN, "--rollbacks=2"))
+    assert line.endswith("; rollback 1 of 2, to step 40 and other batches")
+    # The same without it: a run to step 40, whose batches go on at 50.
+    launch(train, *RUN, "--max_iters=40", "--out_dir=plain")
+    for name in ("ckpt.pt", "last.pt"):
+        saved = load(f"plain/{name}")
+        saved["watch"] |= {"skipped": 10, "rollbacks": 1}
+        torch.save(saved, f"plain/{name}")
+    launch(train, "--init_from=resume", "--out_dir=plain", "--max_iters=80")
+    assert_same_run("plain", "out")
+    assert [entry["skipped"] for entry in log("out") if "skipped" in entry] == [10]
+
+
+def test_more_rises_than_rollbacks_end_the_run(launch, tiny, monkeypatch, planted):
+    monkeypatch.setattr(Batches, "draw", plant(Batches.draw, range(44, 100)))
+    with pytest.raises(SystemExit) as stop:
+        launch(train, *RUN, "--rollbacks=2")
+    line = str(stop.value.code)
+    assert line.startswith("error: step 50: from step ")
+    end = "after 2 rollbacks; out keeps the checkpoint of step 40; lower --learning_rate"
+    assert line.endswith(end)
+    assert load("out/last.pt")["watch"]["rollbacks"] == 2
+
+
+@pytest.mark.parametrize("steps", [[43], [49], [47, 48], [41, 45, 48, 55]])
+def test_a_stop_at_any_step_changes_no_rollback(launch, tiny, monkeypatch, planted, steps):
+    launch(train, *RUN, "--rollbacks=2", "--out_dir=straight")
+    waiting = set(steps)
+
+    def stop(step):
+        if step in waiting:
+            waiting.remove(step)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    at_step(monkeypatch, {step: partial(stop, step) for step in steps})
+    for _ in steps:
+        with pytest.raises(SystemExit) as end:
+            launch(train, *RUN, "--rollbacks=2", "--auto_resume=True")
+        assert end.value.code == 128 + signal.SIGTERM
+    launch(train, *RUN, "--rollbacks=2", "--auto_resume=True")
+    assert not waiting
+    assert_same_run("straight", "out")
+
+
+def test_a_rollback_without_room_is_made_again_by_a_resume(launch, tiny, monkeypatch, planted):
+    """The state before it stays the newest on the disk, and leads there once more."""
+    launch(train, *RUN, "--rollbacks=2", "--out_dir=straight")
+    save = torch.save
+
+    def full(content, file):
+        if content["watch"]["rollbacks"]:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(content, file)
+
+    monkeypatch.setattr(torch, "save", full)
+    launched = iter([None, KeyboardInterrupt])  # when step 43 comes again
+
+    def leave():
+        if fault := next(launched):
+            raise fault
+
+    at_step(monkeypatch, {43: leave})
+    with pytest.raises(SystemExit):
+        launch(train, *RUN, "--rollbacks=2")
+    assert load("out/last.pt")["watch"]["rollbacks"] == 0
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "ROOT", tiny)
+    monkeypatch.chdir(tiny)
+    monkeypatch.setattr(health, "WINDOW", 8)
+    monkeypatch.setattr(Batches, "draw", plant(Batches.draw, BAD))
+    launch(train, *RUN, "--rollbacks=2", "--auto_resume=True")
+    assert_same_run("straight", "out")
+
+
+@slow
+def test_kill_9_at_any_moment_changes_no_rollback(start, finish, tiny):
+    """Kill at 20 random moments of a run that rolls back again and again."""
+    (tiny / "planted.py").write_text(PLANTED)
+    options = [*RUN, "--rollbacks=20", "--max_iters=600", "--eval_interval=5"]
+    how = {"script": "planted.py"}
+    finish(*options, "--out_dir=straight", **how)
+    assert load(tiny / "straight" / "last.pt")["watch"]["rollbacks"] > 4
+    moments = random.Random(1)
+    for _ in range(20):
+        process = start(*options, "--auto_resume=True", "--save_interval=0.001", **how)
+        process.stdout.readline()  # it is about to train
+        time.sleep(moments.uniform(0, 1))
+        assert process.poll() is None, "it ended before it was killed"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finish(*options, "--auto_resume=True", **how)
+    assert_same_run("straight", "out")
+
+
+@slow
+@pytest.mark.parametrize("fsdp", [False, True])
+def test_two_processes_roll_back_as_one(launch, finish, tiny, planted, fsdp):
+    (tiny / "planted.py").write_text(PLANTED)
+    options = [*RUN, "--dropout=0.0", "--rollbacks=2"]
+    alone = told(launch(train, *options, "--out_dir=one"))
+    out = finish(*options, f"--fsdp={fsdp}", "--out_dir=two", processes=2, script="planted.py")
+    assert told(out) == alone
+    assert losses("two") == pytest.approx(losses("one"), abs=1e-3)
+    finish("--init_from=resume", "--out_dir=two", "--max_iters=84")
+    assert load("two/last.pt")["watch"]["skipped"] == 10

@@ -28,10 +28,10 @@ from configurator import configure  # noqa: E402
 from data.tokenizer import bytes_per_id, check_fits, read_meta  # noqa: E402
 from data.tokens import TokenFile, id_dtype, send  # noqa: E402
 from engine.fast import LOGITS_AT_ONCE, use_fast_parts  # noqa: E402
-from engine.folder import check_writable  # noqa: E402
 from engine.process import (  # noqa: E402
     UserError,
     atomic,
+    check_writable,
     import_extra,
     one_line_errors,
     user_error,
