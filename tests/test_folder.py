@@ -428,3 +428,46 @@ def test_a_signal_during_an_evaluation_ends_the_run_after_its_save(launch, tiny,
         launch(train, *TINY, "--max_iters=6", "--eval_interval=2")
     assert stop.value.code == 128 + signal.SIGTERM
     assert load("out/ckpt.pt")["iter_num"] == 2
+
+
+# --- patience, and saves between evaluations -----------------------------------------------------
+
+
+def test_a_run_out_of_patience_names_its_best_model(launch, tiny, monkeypatch):
+    evaluates(monkeypatch, 3.0, 2.0, 2.5, 2.4, 2.3)
+    options = [*TINY, "--max_iters=20", "--eval_interval=2", "--patience=3"]
+    out = launch(train, *options)
+    assert out.splitlines()[-2:] == [
+        "stopped: no better model since step 2; --patience=0 goes on",
+        "best model: out/best.pt, val loss 2.0000",
+    ]
+    assert load("out/ckpt.pt")["iter_num"] == 8
+
+
+def test_patience_counts_on_after_a_resume(launch, tiny, monkeypatch):
+    evaluates(monkeypatch, 3.0, 2.0, 2.5, 2.5, 2.4, 2.3)  # step 4 is evaluated once more
+    options = [*TINY, "--eval_interval=2", "--patience=3"]
+    at_step(monkeypatch, {4: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    with pytest.raises(SystemExit):
+        launch(train, *options, "--max_iters=20")
+    at_step(monkeypatch, {})
+    launch(train, "--init_from=resume", "--max_iters=20")
+    assert load("out/ckpt.pt")["iter_num"] == 8
+
+
+def test_saves_between_evaluations_change_nothing_but_the_newest(launch, tiny, monkeypatch):
+    options = [*TINY, "--max_iters=6", "--eval_interval=4", "--dropout=0.1", "--eval_iters=2"]
+    launch(train, *options, "--out_dir=plain")
+    saves = []
+    write = folder.Keeper.write
+
+    def noted(keeper, names, content):
+        saves.append(content["iter_num"])
+        return write(keeper, names, content)
+
+    monkeypatch.setattr(folder.Keeper, "write", noted)
+    launch(train, *options, "--save_interval=1e-9")
+    assert saves == [0, 1, 2, 3, 4, 5, 6]
+    assert_equal(load("plain/ckpt.pt"), load("out/ckpt.pt"))
+    assert_equal(load("plain/best.pt"), load("out/best.pt"))
+    assert losses("plain") == losses("out")

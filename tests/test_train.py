@@ -329,3 +329,10 @@ def test_the_modules_import_without_doing_anything():
     code = "import train, sample, bench, model, configurator; from engine import log, folder"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_eps_reaches_adamw_and_the_adamw_of_muon(launch, tiny):
+    for optimizer in ("adamw", "muon"):
+        launch(train, *TINY, "--max_iters=1", "--eps=1e-3", f"--optimizer={optimizer}")
+        groups = load("out/ckpt.pt")["optimizer"]["param_groups"]
+        assert {group["eps"] for group in groups} == {1e-3}
