@@ -4,6 +4,7 @@ import errno
 import math
 import os
 import random
+import re
 import signal
 import time
 from functools import partial
@@ -199,10 +200,10 @@ def test_a_rollback_without_room_is_made_again_by_a_resume(launch, tiny, monkeyp
 def test_kill_9_at_any_moment_changes_no_rollback(start, finish, tiny):
     """Kill at 20 random moments of a run that rolls back again and again."""
     (tiny / "planted.py").write_text(PLANTED)
-    options = [*RUN, "--rollbacks=20", "--max_iters=600", "--eval_interval=5"]
+    options = [*RUN, "--rollbacks=20", "--max_iters=400", "--eval_interval=5"]
     how = {"script": "planted.py"}
     finish(*options, "--out_dir=straight", **how)
-    assert load(tiny / "straight" / "last.pt")["watch"]["rollbacks"] > 4
+    assert load(tiny / "straight" / "last.pt")["watch"]["rollbacks"] > 2
     moments = random.Random(1)
     for _ in range(20):
         process = start(*options, "--auto_resume=True", "--save_interval=0.001", **how)
@@ -222,7 +223,9 @@ def test_two_processes_roll_back_as_one(launch, finish, tiny, planted, fsdp):
     options = [*RUN, "--dropout=0.0", "--rollbacks=2"]
     alone = told(launch(train, *options, "--out_dir=one"))
     out = finish(*options, f"--fsdp={fsdp}", "--out_dir=two", processes=2, script="planted.py")
-    assert told(out) == alone
+    assert [re.sub(r"[\d.]+ to [\d.]+;", "", line) for line in told(out) + alone] == 2 * [
+        "step 50: from step 44 the loss rose,  rollback 1 of 2, to step 40 and other batches"
+    ]
     assert losses("two") == pytest.approx(losses("one"), abs=1e-3)
     finish("--init_from=resume", "--out_dir=two", "--max_iters=84")
     assert load("two/last.pt")["watch"]["skipped"] == 10
