@@ -300,47 +300,53 @@ class GPT(nn.Module):
 
     @torch.inference_mode()
     def stream(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, *,
-               stop=None, vocab_size=None, generators=None, use_cache=True):  # fmt: skip
-        """Yield up to `max_new_tokens` times the next ids (B, 1) of the prompts `idx` (B, T).
+               vocab_size=None, generators=None, use_cache=True):  # fmt: skip
+        """Yield the next ids (B, 1) of the prompts `idx` (B, T): each is `max_new_tokens` longer.
+
+        A prompt shorter than T has -1 behind it. All rows begin with as many tokens as the shortest
+        one has, and go on together: the next id of a row is that of its prompt while there is one,
+        then what is drawn (as in the code of Llama, arXiv:2302.13971). So the first prompts to end
+        get more than `max_new_tokens`; whoever has enough stops asking.
 
         temperature 0 takes the likeliest token. top_k keeps the k likeliest, top_p the fewest whose
-        probabilities reach p; None or 0 turns either off. A row that drew `stop` repeats it, and
-        when all have, generation ends. Ids from `vocab_size` on are padding, never drawn.
-        `generators`: one CPU torch.Generator per row, else torch's global one.
+        probabilities reach p; None or 0 turns either off. Ids from `vocab_size` on are padding,
+        never drawn. `generators`: one CPU torch.Generator per row, else torch's global one.
 
         When block_size tokens are in the cache, the last half of the context is read anew from
-        position 0, so that it never falls below half of block_size. A longer prompt is cut to its
-        last block_size tokens. use_cache=False computes the same without it. Leaves eval mode on.
-        Raises FloatingPointError on logits that are not finite.
+        position 0, so that it never falls below half of block_size. Longer prompts, all of one
+        length, are cut to their last block_size tokens. use_cache=False computes the same without
+        it. Leaves eval mode on. Raises FloatingPointError on logits that are not finite.
         """
         self.eval()
-        block_size, context = self.config.block_size, idx[:, -self.config.block_size :]
-        context = context.clone()  # in inference mode, like all after it: else compiled twice
-        capacity = min(block_size, context.size(1) + max_new_tokens)
-        cache = self.make_cache(len(idx), capacity) if use_cache else None
+        block_size, idx = self.config.block_size, idx[:, -self.config.block_size :]
+        lengths = (idx >= 0).sum(dim=1).tolist()
+        begin, end = min(lengths), max(lengths) + max_new_tokens
+        context = idx[:, :begin].clone()  # in inference mode, as all after it: else compiled twice
+        cache = self.make_cache(len(idx), min(block_size, end)) if use_cache else None
+        generators = generators or [None] * len(idx)
         past = 0
-        done = torch.zeros(len(idx), 1, dtype=torch.bool, device=idx.device)
-        for _ in range(max_new_tokens):
+        for place in range(begin, end):
             if context.size(1) > block_size:
                 context = context[:, -((block_size + 1) // 2) :]
                 past = 0
             logits, _ = self(context[:, past:], cache=cache, past=past)
             if not logits.isfinite().all():  # syncs the device
                 raise FloatingPointError("the logits are not finite; try another checkpoint")
-            draws = None if temperature == 0 else uniform(len(idx), generators).to(idx.device)
+            drawing = [length <= place for length in lengths]
+            draws = None if temperature == 0 else uniform(generators, drawing).to(idx.device)
             drawn = next_token(logits[:, -1, :vocab_size], draws, temperature, top_k, top_p)
-            if stop is not None:
-                drawn = drawn.masked_fill(done, stop)
-                done |= drawn == stop
+            if not all(drawing):
+                given = idx[:, place : place + 1]
+                drawn = torch.where(given < 0, drawn, given)
             yield drawn
-            if stop is not None and done.all():  # syncs the device
-                return
             past = context.size(1) if use_cache else 0
             context = torch.cat((context, drawn), dim=1)
 
     def generate(self, idx, max_new_tokens, *args, **options):
-        """Return `idx` (B, T) and what `stream` draws after it, (B, at most T + max_new_tokens)."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **options)), dim=1)
+        """Return `idx` (B, T) and what `stream` adds to it, (B, T + max_new_tokens)."""
+        shortest = (idx >= 0).sum(dim=1).min()
+        added = self.stream(idx, max_new_tokens, *args, **options)
+        return torch.cat((idx[:, :shortest], *added), dim=1)
 
 
 def rotary_table(positions, size):
@@ -373,11 +379,13 @@ def cross_entropy(logits, targets):
     return F.cross_entropy(logits, targets, ignore_index=-1)
 
 
-def uniform(count, generators):
-    """Return (count, 1) numbers in (0, 1], row by row from `generators` if given."""
-    if generators is None:
-        return 1 - torch.rand(count, 1)
-    return 1 - torch.stack([torch.rand(1, generator=generator) for generator in generators])
+def uniform(generators, drawing):
+    """Return numbers (B, 1) in (0, 1], from the generators of the rows that are `drawing`, else 1.
+
+    A generator that is None is torch's global one.
+    """
+    rows = zip(generators, drawing, strict=True)
+    return torch.stack([1 - torch.rand(1, generator=g) if d else torch.ones(1) for g, d in rows])
 
 
 def next_token(logits, draws, temperature=1.0, top_k=None, top_p=None):

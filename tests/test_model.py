@@ -1,12 +1,15 @@
 """The model against references: a GPT written out naively, and itself without a cache."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.nn.utils.rnn import pad_sequence
 
-from engine.fast import recompute_activations
+from engine import fast
+from engine.fast import recompute_activations, use_fast_parts
 from model import GPT, GPTConfig, next_token
 
 SMALL = GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)
@@ -18,13 +21,17 @@ SIZES = {
 }
 
 
-@pytest.fixture
-def model():
+def build(config):
     torch.manual_seed(0)
-    small = GPT(SMALL).eval()
+    small = GPT(config).eval()
     for parameter in small.parameters():  # weights large enough for distinct logits
         torch.nn.init.normal_(parameter, std=0.3)
     return small
+
+
+@pytest.fixture
+def model():
+    return build(SMALL)
 
 
 def ids(*shape):
@@ -232,13 +239,36 @@ def test_a_row_is_drawn_the_same_alone_and_among_others(model):
     assert len({tuple(row) for row in draw(5)}) == 5
 
 
-def test_generation_ends_when_every_row_has_drawn_stop(model):
-    stop = model.generate(ids(1, 4), 5, temperature=0)[0, 6].item()  # the third token drawn
-    drawn = model.generate(ids(1, 4), 50, temperature=0, stop=stop)[0, 4:].tolist()
-    assert drawn[-1] == stop and stop not in drawn[:-1] and len(drawn) <= 3
-    two = torch.cat((ids(1, 4), ids(1, 4).flip(1)))
-    first = model.generate(two, 50, temperature=0, stop=stop)[0, 4:].tolist()
-    assert set(first[first.index(stop) :]) == {stop}
+@pytest.mark.parametrize("temperature", [0, 1.0])
+@pytest.mark.parametrize("fast_parts", [False, True])
+@pytest.mark.parametrize("position", ["learned", "rotary", "alibi"])
+def test_prompts_of_different_lengths_go_on_together_as_each_alone(
+    monkeypatch, position, fast_parts, temperature
+):
+    """Far beyond block_size, from where all rows read the last half of the context anew."""
+    model = build(replace(SMALL, position=position))
+    monkeypatch.setattr(fast, "LARGE_MATRIX", 0)
+    if fast_parts:
+        use_fast_parts(model, torch.device("cpu"))
+    logits = []
+    model.register_forward_hook(lambda module, given, found: logits.append(found[0]))
+    prompts = [ids(1, length).flip(1)[0] for length in (5, 16, 1, 5, 9, 2, 3, 4)]
+    together = pad_sequence(prompts, batch_first=True, padding_value=-1)
+
+    def draw(idx, rows):
+        logits.clear()
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        return model.generate(idx, 40, temperature, generators=generators), torch.cat(logits, dim=1)
+
+    drawn, scores = draw(together, range(8))
+    assert drawn.shape == (8, 16 + 40)
+    for row, prompt in enumerate(prompts):
+        alone, expected = draw(prompt[None], [row])
+        end = len(alone[0])
+        assert drawn[row, :end].tolist() == alone[0].tolist()
+        assert drawn[row, : len(prompt)].tolist() == prompt.tolist()
+        found = scores[row, len(prompt) - 1 : end - 1]
+        torch.testing.assert_close(found, expected[0], atol=1e-4, rtol=0)
 
 
 def test_padding_is_never_drawn():
