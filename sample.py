@@ -2,19 +2,22 @@
 
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
+    python sample.py --out_dir=out-shakespeare-char --prompts=prompts.txt --out=samples.jsonl
+    python sample.py --out_dir=out-shakespeare-char --interactive=True
 """
 
-import codecs
 from pathlib import Path
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import configure
 from data.tokenizer import GPT2, check_fits, make_tokenizer, read_meta
 from engine.checkpoint import find_checkpoint, model_config
 from engine.fast import use_fast_parts
-from engine.process import UserError, one_line_errors, user_error, user_path
+from engine.process import UserError, one_line_errors, user_path
 from engine.runtime import compile_model, start_runtime
+from engine.text import Sample, check_file, read_prompts, save_samples, typed_prompts
 from model import GPT, GPTConfig
 
 # Model
@@ -23,9 +26,14 @@ out_dir = "out"                 # folder of the checkpoint, which is all that is
 checkpoint_file: str | None = None  # such as best.pt or last.pt; None: ckpt.pt
 # Text
 start = "\n"                    # the prompt, or FILE:PATH; empty: end-of-text, or a newline
-num_samples = 10                # drawn side by side; a single one appears as it is drawn
+prompts = ""                    # instead, a file with a prompt in each line that is not blank
+interactive = False             # instead, prompts that are typed, with one sample of each
+num_samples = 10                # of each prompt; a single one appears as it is drawn
+batch_size = 64                 # samples drawn side by side at most
 max_new_tokens = 500            # length of each
-stop = ""                       # end a sample before this text, such as "<|endoftext|>"
+end_of_text = True              # end a sample at the end-of-text token, where there is one
+stop = ""                       # end a sample before this text, such as "ROMEO:"
+out = ""                        # file for the samples too; .jsonl: a line of JSON for each
 # Choice of tokens
 temperature = 0.8               # below 1 more predictable, above 1 more random; 0 the likeliest
 top_k: int | None = 200         # choose among the k likeliest; 0 or None: all
@@ -39,6 +47,7 @@ compile: bool | str = "auto"    # True: torch.compile; auto: off, it takes longe
 
 RANGES = {  # setting -> the least, and what it must stay below
     "num_samples": (1, 2**31),
+    "batch_size": (1, 2**31),
     "max_new_tokens": (1, 2**31),
     "temperature": (0, float("inf")),
     "top_k": (0, float("inf")),
@@ -70,76 +79,69 @@ def load(init_from, out_dir, checkpoint_file, device):
     )
 
 
-def read_prompt(tokenizer, block_size):
-    """Return the ids of the prompt, and its bytes, which are printed before what is drawn."""
-    with user_error("the prompt cannot be read as UTF-8 text", OSError, UnicodeError):
-        path = user_path(start.removeprefix("FILE:"))
-        text = path.read_text("utf-8") if start.startswith("FILE:") else start
-        text.encode()  # raises where an argument holds no UTF-8
-    if not text or (text == "\n" and tokenizer.eot is None):  # which a vocabulary may lack
-        return [tokenizer.opening], b""
-    ids = tokenizer.encode(text)
-    if len(ids) > block_size:
-        raise UserError(f"the prompt has {len(ids)} tokens, the model reads {block_size} at most")
-    return ids, tokenizer.decode_bytes(ids)
+def check_settings(config):
+    """Raise UserError where settings exclude one another, or `out` cannot be written."""
+    if [start != "\n", prompts != "", interactive].count(True) > 1:
+        raise UserError("--start, --prompts and --interactive exclude one another; give one")
+    if interactive and (out or "num_samples" in config.flags):
+        raise UserError("--interactive prints a sample per line; leave out --num_samples and --out")
+    if out:
+        check_file(user_path(out), "out")
 
 
-class Sample:
-    """The text of one sample, in bytes: a token may hold half a character."""
-
-    def __init__(self, prompt):
-        self.content = bytearray(prompt)
-        self.prompt, self.shown = len(prompt), 0  # bytes that were given, and that are printed
-        self.done, self.ending = False, stop.encode()
-        self.decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, piece):
-        """Append `piece`, up to where the ending begins; nothing after that."""
-        if self.done:
-            return
-        begin = max(self.prompt, len(self.content) - len(self.ending))
-        self.content += piece
-        if self.ending and self.ending in self.content[begin:]:
-            self.done = True
-            del self.content[self.content.index(self.ending, begin) :]
-
-    def show(self, final):
-        """Print what is new, but before the end nothing that may yet turn out to be the ending."""
-        held_back = 0 if final else len(self.ending)
-        end = max(self.shown, len(self.content) - held_back)
-        print(self.decoder.decode(self.content[self.shown : end], final), end="", flush=True)
-        self.shown = end
+def make_sample(prompt, number, tokenizer):
+    """Return a sample with nothing drawn yet. Its number chooses what will be."""
+    return Sample(prompt, number, max_new_tokens, tokenizer.eot if end_of_text else None, stop)
 
 
-@one_line_errors
-def main(config):
-    runtime = start_runtime(device, dtype, False if compile == "auto" else compile)
-    model, tokenizer, _ = load(init_from, out_dir, checkpoint_file, runtime.device)
-    check_fits(tokenizer, model.config.vocab_size)
-    prompt, shown = read_prompt(tokenizer, model.config.block_size)
-    idx = torch.tensor([prompt] * num_samples, device=runtime.device)
-    samples = [Sample(shown) for _ in range(num_samples)]
+def draw(samples, model, tokenizer, runtime):
+    """Let the samples grow side by side, each to its end, and print them."""
+    rows = [torch.tensor(sample.prompt.ids) for sample in samples]
+    idx = pad_sequence(rows, batch_first=True, padding_value=-1).to(runtime.device)
     generators = [  # each seed has 2**24 numbers of its own, below 2**63
-        torch.Generator().manual_seed(seed % 2**39 * 2**24 + k) for k in range(num_samples)
+        torch.Generator().manual_seed(seed % 2**39 * 2**24 + sample.number) for sample in samples
     ]
-    model.cast_matrices(runtime.dtype)
-    if fast_parts:
-        use_fast_parts(model, runtime.device)
-    compile_model(model, runtime, lambda: model.generate(idx, 3))
     with runtime.autocast():
-        for drawn in model.stream(
+        stream = model.stream(
             idx, max_new_tokens, temperature, top_k, top_p,
             vocab_size=tokenizer.vocab_size, generators=generators,
-        ):  # fmt: skip
+        )  # fmt: skip
+        for place, drawn in enumerate(stream, min(map(len, rows))):
             for sample, [token] in zip(samples, drawn.tolist(), strict=True):
-                sample.add(tokenizer.decode_bytes([token]))
-            if num_samples == 1:
-                samples[0].show(final=False)
+                sample.add(place, token, tokenizer.decode_bytes([token]))
+            if len(samples) == 1:
+                samples[0].show()
             if all(sample.done for sample in samples):
                 break
     for sample in samples:
         sample.show(final=True)
-        print("\n---------------")
+
+
+@one_line_errors
+def main(config):
+    check_settings(config)
+    runtime = start_runtime(device, dtype, False if compile == "auto" else compile)
+    model, tokenizer, _ = load(init_from, out_dir, checkpoint_file, runtime.device)
+    check_fits(tokenizer, model.config.vocab_size)
+    size = model.config.block_size
+    given = [] if interactive else read_prompts(start, prompts, tokenizer, size)
+    samples = [make_sample(prompt, k, tokenizer) for prompt in given for k in range(num_samples)]
+    model.cast_matrices(runtime.dtype)
+    if fast_parts:
+        use_fast_parts(model, runtime.device)
+    rows = max(1, min(batch_size, len(samples)))
+    idx = torch.zeros(rows, 1, dtype=torch.long, device=runtime.device)
+    compile_model(model, runtime, lambda: model.generate(idx, 3))
+    for at in range(0, len(samples), batch_size):
+        draw(samples[at : at + batch_size], model, tokenizer, runtime)
+    if out:
+        save_samples(user_path(out), samples)
+    if interactive:
+        for k, prompt in enumerate(typed_prompts(tokenizer, size)):
+            try:
+                draw([make_sample(prompt, k, tokenizer)], model, tokenizer, runtime)
+            except KeyboardInterrupt:  # it ends a sample, and at the prompt the program
+                print()
 
 
 if __name__ == "__main__":

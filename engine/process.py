@@ -106,10 +106,11 @@ def explain(fault, config):
 
 def memory_advice(config):
     """Return which of these settings to change where memory runs out."""
-    sampling = config.get("max_new_tokens") or config.get("new_tokens")  # of sample.py or bench.py
-    if sampling and config["num_samples"] > 1:
+    if config.get("prompts") or ("max_new_tokens" in config and config["num_samples"] > 1):
+        return f"lower --batch_size, now {config['batch_size']}, the most samples side by side"
+    if config.get("new_tokens") and config["num_samples"] > 1:
         return f"lower --num_samples, now {config['num_samples']}"
-    if sampling:
+    if "max_new_tokens" in config or config.get("new_tokens"):  # of sample.py or bench.py
         return "take a smaller model, or a machine with more"
     batch_size = config.get("batch_size", 1)
     if batch_size > 1 and batch_size % 2 == 0:

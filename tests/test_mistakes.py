@@ -665,6 +665,8 @@ def test_a_wrong_choice_of_model(launch, pretrained, gpt2_files, script, argumen
 # --- prompts and samples -------------------------------------------------------------------------
 
 PROMPT = "the prompt cannot be read as UTF-8 text: "
+ONE_OF = "--start, --prompts and --interactive exclude one another; give one"
+ONE_EACH = "--interactive prints a sample per line; leave out --num_samples and --out"
 
 
 @pytest.mark.parametrize(
@@ -699,10 +701,42 @@ PROMPT = "the prompt cannot be read as UTF-8 text: "
         (["--top_p=2"], "top_p=2.0 must be below 1.01"),
         (["--max_new_tokens=0"], "max_new_tokens=0 must be at least 1"),
         (["--start"], "--start needs a value"),
+        (["--start=1", "--prompts=lines.txt"], ONE_OF),
+        (["--start=1", "--interactive=True"], ONE_OF),
+        (["--prompts=lines.txt", "--interactive"], ONE_OF),
+        (["--interactive", "--num_samples=1"], ONE_EACH),
+        (["--interactive", "--out=samples.txt"], ONE_EACH),
+        (["--batch_size=0"], "batch_size=0 must be at least 1"),
+        (["--prompts=lines.txt"], "lines.txt, line 3: 1 unknown characters: '+' (PLUS SIGN)"),
+        (
+            ["--prompts=long.txt"],
+            "long.txt, line 2: the prompt has 17 tokens, the model reads 16 at most",
+        ),
+        (["--prompts=blank.txt"], "blank.txt holds no prompt; write one in a line"),
+        (["--prompts=no.txt"], "no.txt cannot be read as UTF-8 text: No such file or directory"),
+        (["--prompts=run"], "run cannot be read as UTF-8 text: Is a directory"),
+        (
+            ["--prompts=latin1.txt"],
+            "latin1.txt cannot be read as UTF-8 text: UnicodeDecodeError: 'utf-8' codec can't "
+            "decode byte 0xe9 in position 3: unexpected end of data",
+        ),
+        (["--out=run"], "out=run is not a file; name one"),
+        (["--out=/dev/null"], "out=/dev/null is not a file; name one"),
+        (
+            ["--out=no/such/samples.txt"],
+            "out=no/such/samples.txt: no/such is not a folder that can be written to",
+        ),
+        (
+            ["--out=run/ckpt.pt/samples.txt"],
+            "out=run/ckpt.pt/samples.txt: run/ckpt.pt is not a folder that can be written to",
+        ),
     ],
 )
 def test_a_wrong_prompt_or_choice_of_tokens(launch, arguments, line):
     put("latin1.txt", "Caf\u00e9".encode("latin-1"))
+    put("lines.txt", b"1 plus\n\n1+1\n")
+    put("long.txt", b"1\n" + b"1" * 17)
+    put("blank.txt", b" \n\n")
     refused(launch, sample, ["--out_dir=run", "--device=cpu", *arguments], line)
 
 
