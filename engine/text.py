@@ -67,6 +67,8 @@ def typed_prompts(tokenizer, block_size):
 
 def typed_lines():
     """Yield the lines of standard input; a terminal is asked for each with "> "."""
+    if sys.stdin is None:  # it was closed from outside
+        return
     asks = sys.stdin.isatty() and sys.stdout.isatty()
     if asks:
         with suppress(ImportError):
