@@ -219,8 +219,8 @@ def test_line_n_of_the_input_gets_sample_n(trained, monkeypatch, capsys):
 
 
 def test_on_a_terminal_an_interrupt_ends_the_sample_and_the_end_of_input_the_program(trained):
-    os_pty = pytest.importorskip("pty")
-    ours, terminal = os_pty.openpty()
+    pty = pytest.importorskip("pty")
+    ours, terminal = pty.openpty()
     command = [sys.executable, str(ROOT / "sample.py"), *EXACT, "--interactive=True"]
     streams = dict.fromkeys(("stdin", "stdout", "stderr"), terminal)
     endless = ["--max_new_tokens=1e9"]
