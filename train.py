@@ -38,6 +38,7 @@ eval_only = False                   # evaluate once, write nothing, stop
 patience = 0                        # stop after so many without a better model; 0: never
 always_save_checkpoint = True       # ckpt.pt is the newest model; False: the best one
 save_interval = 0.0                 # minutes after which to save between evaluations; 0: never
+sharded_save = False                # a checkpoint is a folder that all ranks write
 init_from = "scratch"               # scratch, resume, gpt2, gpt2-xl, OWNER/NAME, a folder
 auto_resume = False                 # resume where out_dir holds a checkpoint, else use init_from
 checkpoint_file: str | None = None  # resume from this file in out_dir; None: from the newest

@@ -2,18 +2,19 @@
 
 import dataclasses
 import os
-import zipfile
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin
 
 import torch
 
+from engine.disk import read_file, reading
 from engine.health import LossWatch
 from engine.process import UserError, check_writable, reason, user_error, user_path
 from engine.runtime import gather_on_rank_0, shard_like
 
 NANOGPTS = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"
-NAMES = "ckpt.pt", "last.pt", "best.pt"  # engine/folder.py says which is when
+# engine/folder.py says which is when, engine/sharded.py what .dcp is, engine/disk.py what .dcp.old.
+NAMES = [f"{stem}.{form}" for stem in ("ckpt", "last", "best") for form in ("pt", "dcp", "dcp.old")]
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -22,20 +23,18 @@ NAMES = "ckpt.pt", "last.pt", "best.pt"  # engine/folder.py says which is when
 def read_checkpoint(path):
     """Return what the file holds, on the CPU; tensors are read from it when they are first used.
 
-    Weights have nanoGPT's names without the prefix that torch.compile gave them there. Runs no
-    code, whatever the file holds. Raises UserError if it is no checkpoint or damaged.
+    Those of a folder are not read yet: see open_folder(). Weights have nanoGPT's names without the
+    prefix that torch.compile gave them there. Runs no code, whatever the file holds. Raises
+    UserError if it is no checkpoint or damaged.
     """
-    try:
-        damaged = zipfile.ZipFile(path).testzip()  # 0.35 s per GB; torch.load ignores checksums
-        if damaged:
-            raise UserError(f"{damaged!r} in it is damaged")
-        saved = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    with reading(path):
+        if path.is_dir():
+            from engine.sharded import open_folder  # here, because it takes a second to import
+
+            saved = open_folder(path)
+        else:
+            saved = read_file(path)
         lacks = missing_parts(saved)
-    except zipfile.BadZipFile:
-        why = "it was cut short or is another kind of file"
-        raise UserError(f"{path} cannot be read as a checkpoint: {why}") from None
-    except Exception as fault:  # damage can raise anything, but it runs nothing
-        raise UserError(f"{path} cannot be read as a checkpoint: {reason(fault)}") from None
     if lacks:
         raise UserError(f"{path} is no checkpoint: it lacks {', '.join(lacks)}")
     if "tokenizer" not in saved:  # nanoGPT's: it names the machine that wrote it, not a wish
@@ -56,20 +55,24 @@ def missing_parts(saved):
     return lacks
 
 
-def find_checkpoint(folder, name=None, newest=False):
-    """Return a checkpoint in `folder`; UserError where there is none.
+def find_checkpoint(folder, name=None, newest=False, whole=True):
+    """Return a checkpoint in `folder`, with its tensors if `whole`; UserError where there is none.
 
     The file called `name`; else the `newest`, to go on from; else ckpt.pt, or another where there
     is none: it stands for the run where that is evaluated or sampled from. After a rollback, which
     skips batches, steps count anew.
     """
-    if name:
-        return read_checkpoint(folder / name)
-    paths = [folder / known for known in NAMES if os.path.exists(folder / known)]
+    known = [folder / known for known in NAMES if os.path.exists(folder / known)]
+    paths = [folder / name] if name else known
     if not paths:
         raise UserError(f"no ckpt.pt in {folder}; name the folder of a run with --out_dir")
     found = map(read_checkpoint, paths if newest else paths[:1])
-    return max(found, key=lambda saved: (read_watch(saved).skipped, saved["iter_num"]))
+    saved = max(found, key=lambda saved: (read_watch(saved).skipped, saved["iter_num"]))
+    if whole and "shards" in saved:
+        from engine.sharded import read_tensors
+
+        return read_tensors(saved)
+    return saved
 
 
 def read_watch(saved):
@@ -88,7 +91,7 @@ def checkpoint_to_resume(config):
     begun = any(os.path.exists(folder / known) for known in NAMES)
     if config["init_from"] != "resume" and not (config["auto_resume"] and begun):
         return None
-    saved = find_checkpoint(folder, name, newest=not config["eval_only"])
+    saved = find_checkpoint(folder, name, newest=not config["eval_only"], whole=False)
     if "optimizer" not in saved:
         raise UserError(f"the checkpoint in {folder} holds no optimizer state to resume with")
     return saved
@@ -203,18 +206,27 @@ class State:
         if was != config["optimizer"]:
             raise UserError(f"the checkpoint has optimizer={was}; leave --optimizer out")
         load_optimizer(self.optimizer, saved["optimizer"], runtime.device)
+        if "shards" in saved:
+            from engine.sharded import load_shares
+
+            load_shares(saved, self.model, self.optimizer, runtime)
         if saved.get("scaler"):
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.wandb_id = saved["iter_num"], saved.get("wandb_id")
         self.watch = read_watch(saved)
 
     def collect(self, step, best_val_loss, config, runtime):
-        """Return the content of a checkpoint; whole on rank 0. Every rank must call it."""
+        """Return the content of a checkpoint: whole on rank 0, or with sharded_save as it lies.
+
+        Every rank must call it.
+        """
         weights = self.model.state_dict()
         if self.model.config.tied:
             del weights["lm_head.weight"]  # the same as the token table; put together once
-        weights = gather_on_rank_0(weights, runtime)
-        weights.setdefault("lm_head.weight", weights["transformer.wte.weight"])
+        state = {"model": weights, "optimizer": self.optimizer.state_dict()}
+        if not config["sharded_save"]:
+            state = gather_on_rank_0(state, runtime)
+        state["model"].setdefault("lm_head.weight", state["model"]["transformer.wte.weight"])
         shape, gpt2 = self.model.config, type(self.model.config)()
         model_args = {  # nanoGPT refuses an argument that it does not know
             name: value
@@ -222,8 +234,7 @@ class State:
             if name in NANOGPTS or value != getattr(gpt2, name)
         }
         return {
-            "model": weights,
-            "optimizer": gather_on_rank_0(self.optimizer.state_dict(), runtime),
+            **state,
             "scaler": self.scaler.state_dict(),
             "gelu_tanh": model_args.pop("gelu_tanh", False),  # so a finetuned GPT-2 loads there
             "model_args": model_args,

@@ -3,6 +3,8 @@
     always_save_checkpoint    newest     best
     True                      ckpt.pt    best.pt
     False                     last.pt    ckpt.pt
+
+With sharded_save they are folders of the same names, ckpt.dcp and so on.
 """
 
 import math
@@ -14,6 +16,7 @@ from contextlib import suppress
 import torch
 
 from engine.checkpoint import NAMES, read_checkpoint
+from engine.disk import existing, os_errors, recover, remove
 from engine.lock import lock
 from engine.log import Log
 from engine.process import UserError, atomic, catch_signals, link, user_error, user_path
@@ -32,6 +35,7 @@ def claim(folder, runtime):
                 lock(folder)
                 for name in (*NAMES, "log.jsonl"):  # what a kill in a save left
                     (folder / f"{name}.tmp").unlink(missing_ok=True)
+                    recover(folder / name)
         except UserError as found:
             fault = str(found)
     if runtime.reduce("max", bool(fault)):
@@ -89,16 +93,16 @@ class Keeper:
         """
         if newest and steps_in(self.folder) != step:
             raise UserError(f"another run has just saved to {self.folder}; start this one again")
-        if (self.folder / "last.pt").exists():
+        if existing(self.folder / "last.pt").exists():
             self.newest, self.best = "last.pt", "ckpt.pt"
-        elif (self.folder / "best.pt").exists():
+        elif existing(self.folder / "best.pt").exists():
             self.newest, self.best = "ckpt.pt", "best.pt"
-        self.step, path = step, self.folder / self.best
+        self.step, path = step, existing(self.folder / self.best)
         best_step, best_val_loss = 0, math.inf
         if self.runtime.rank == 0 and path.exists():
             saved = read_checkpoint(path)
             # By itself a ckpt.pt may be a newest state, whose best model was not kept.
-            alone = path.name == "ckpt.pt" and not (self.folder / self.newest).exists()
+            alone = path.stem == "ckpt" and not existing(self.folder / self.newest).exists()
             if not (alone and saved["config"].get("always_save_checkpoint", True)):
                 best_val_loss = float(saved.get("best_val_loss", math.inf))
                 best_step = saved["iter_num"]
@@ -126,7 +130,7 @@ class Keeper:
         best_val_loss = min(val_loss, self.best_val_loss)
         content = state.collect(step, best_val_loss, self.config, self.runtime)
         saved = True
-        if self.runtime.rank == 0:
+        if self.config["sharded_save"] or self.runtime.rank == 0:
             saved = self.write(names, content)
         saved = self.runtime.reduce("min", saved)
         self.best_val_loss = self.runtime.reduce("min", self.best_val_loss)
@@ -149,18 +153,20 @@ class Keeper:
         return bool(patience) and step - self.best_step >= patience
 
     def write(self, names, content):
-        """Write a checkpoint under each of `names`; return False, once it is said, if one fails."""
+        """Write a checkpoint under each of `names`; return False, once it is said, if one fails.
+
+        Rank 0 must call it, with sharded_save every rank.
+        """
+        form, other = (".dcp", ".pt") if self.config["sharded_save"] else (".pt", ".dcp")
+        first = (self.folder / names[0]).with_suffix(form)
         for name in names:
+            path = (self.folder / name).with_suffix(form)
             try:
-                if name == names[0]:
-                    with atomic(self.folder / name) as file:
-                        torch.save(content, file)
-                else:
-                    link(self.folder / names[0], self.folder / name)
-            except (OSError, RuntimeError) as fault:
-                why = fault if isinstance(fault, OSError) else fault.__context__  # torch hides it
-                if not isinstance(why, OSError):
-                    raise
+                with os_errors():
+                    self.put(path, first, content)
+                    if self.runtime.rank == 0:
+                        remove(path.with_suffix(other))  # of before the setting changed
+            except OSError as why:
                 step = content["iter_num"]
                 self.runtime.say(f"step {step} is not saved: {why}; {self.what_is_kept()}")
                 return False
@@ -168,8 +174,23 @@ class Keeper:
                 self.best_val_loss = content["best_val_loss"]
         return True
 
+    def put(self, path, first, content):
+        """Write a checkpoint to `path`, as a link to `first` where that is another."""
+        if self.config["sharded_save"]:
+            from engine.sharded import link_folder, save_folder  # here: it takes a second to import
+
+            if path == first:
+                save_folder(path, content, self.runtime)
+            else:
+                link_folder(first, path, self.runtime)
+        elif path == first:
+            with atomic(path) as file:
+                torch.save(content, file)
+        else:
+            link(first, path)
+
     def read_best(self):
-        return read_checkpoint(self.folder / self.best)
+        return read_checkpoint(existing(self.folder / self.best))
 
     def what_is_kept(self):
         """Return a phrase on what there is to resume from."""

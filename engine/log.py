@@ -8,6 +8,7 @@ import sys
 from contextlib import suppress
 from datetime import timedelta
 
+from engine.disk import existing
 from engine.process import UserError, atomic, user_error
 from engine.timing import StepTimer, peak_memory
 
@@ -182,7 +183,7 @@ def finish(stopped, saved, keeper, log):
     elif keeper.best_val_loss < math.inf:
         if keeper.out_of_patience(keeper.step):
             say(f"stopped: no better model since step {keeper.best_step}; --patience=0 goes on")
-        say(f"best model: {folder / keeper.best}, val loss {keeper.best_val_loss:.4f}")
+        say(f"best model: {existing(folder / keeper.best)}, val loss {keeper.best_val_loss:.4f}")
     log.write_waiting()
     if log.waiting or not saved:
         raise SystemExit(1)  # it was said why
