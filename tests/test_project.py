@@ -13,7 +13,7 @@ import bench
 import configurator
 import sample
 import train
-from tools import evaluate, export, plot, size
+from tools import convert, evaluate, export, plot, size
 
 BUDGETS = {"train.py": 240, "model.py": 240, "sample.py": 90, "bench.py": 130}
 BUDGETS |= {"configurator.py": 120, "data/tokens.py": 160, "data/tokenizer.py": 140}
@@ -22,7 +22,7 @@ for pattern, most in ("engine/*", 150), ("tools/*", 120), ("data/*/prepare", 60)
     BUDGETS |= {str(path.relative_to(ROOT)): most for path in ROOT.glob(f"{pattern}.py")}
 DOCS = sorted(ROOT.glob("docs/*.md"))
 SCRIPTS = {"train.py": train, "sample.py": sample, "bench.py": bench}
-TOOLS = evaluate, export, plot, size
+TOOLS = convert, evaluate, export, plot, size
 SCRIPTS |= {f"{tool.__name__.replace('.', '/')}.py": tool for tool in TOOLS}
 
 

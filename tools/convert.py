@@ -16,8 +16,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from configurator import configure  # noqa: E402
 from engine.checkpoint import read_checkpoint  # noqa: E402
-from engine.folder import check_writable  # noqa: E402
-from engine.process import UserError, atomic, one_line_errors, user_error, user_path  # noqa: E402
+from engine.disk import os_errors  # noqa: E402
+from engine.process import (  # noqa: E402
+    UserError,
+    atomic,
+    check_writable,
+    one_line_errors,
+    user_error,
+    user_path,
+)
 from engine.runtime import start_runtime  # noqa: E402
 from engine.sharded import read_tensors, save_folder  # noqa: E402
 
@@ -52,7 +59,7 @@ def main(config):
     saved = read_whole(source)
     if "optimizer" not in saved:
         raise UserError(f"{source} holds no optimizer state; sample.py reads it as it is")
-    with user_error(output, OSError):
+    with user_error(output, OSError), os_errors():
         target.parent.mkdir(parents=True, exist_ok=True)
         if target.suffix == ".dcp":
             save_folder(target, saved, runtime)
