@@ -185,6 +185,31 @@ def test_a_folder_without_room_keeps_the_older_and_is_tried_again(
 
 
 @slow
+@pytest.mark.parametrize("name", ["__0_0.distcp", "rest.pt"])
+def test_300_changes_of_a_file_are_refused_in_one_line_or_change_nothing(launch, tiny, name):
+    launch(train, *SHARDED, "--max_iters=1")
+    whole, path, chance = load_folder("out"), Path("out/ckpt.dcp", name), random.Random(2)
+    content, refused = path.read_bytes(), 0
+    path.unlink()  # best.dcp has it too
+    for _ in range(300):
+        changed = bytearray(content)
+        at = chance.randrange(len(changed))
+        if chance.random() < 0.5:
+            changed[at] ^= 1 << chance.randrange(8)
+        else:
+            changed[at : at + chance.randrange(99)] = chance.randbytes(chance.randrange(99))
+        path.write_bytes(changed)
+        try:
+            found = load_folder("out")
+        except UserError as fault:
+            assert "\n" not in str(fault)
+            refused += 1
+        else:
+            assert_equal(whole, found)
+    assert refused > 250
+
+
+@slow
 @pytest.mark.parametrize("moment", ["unlink", "replace", "rmtree", "fsync"])
 def test_an_exception_at_any_moment_of_a_save_leaves_a_whole_state(
     launch, tiny, monkeypatch, moment
@@ -242,15 +267,16 @@ train.main(configure(vars(train)))
 def test_kill_9_of_all_ranks_at_any_moment_costs_nothing(start, finish, tiny):
     """Kill at 20 random moments, some of them in a save; the end is that of a run never killed."""
     (tiny / "slow_saves.py").write_text(SLOW_SAVES)
-    options = [*TINY, "--dropout=0.2", "--max_iters=1000", "--eval_interval=10", "--eval_iters=1"]
-    options += ["--always_save_checkpoint=False", "--learning_rate=1e-2", "--log_interval=10"]
+    options = [*TINY, "--dropout=0.2", "--max_iters=240", "--eval_interval=4", "--eval_iters=1"]
+    options += ["--always_save_checkpoint=False", "--learning_rate=1e-2", "--log_interval=2"]
     options += ["--sharded_save=True", "--fsdp=True"]
     finish(*options, "--out_dir=straight", processes=2)
     moments, in_save = random.Random(1), 0
     for _ in range(KILLS):
         process = start(*options, "--auto_resume=True", script="slow_saves.py", processes=2)
-        process.stdout.readline()  # it is about to train
-        time.sleep(moments.uniform(0, 3))
+        for _ in range(moments.randint(4, 16)):  # it begins to train after 4 lines
+            process.stdout.readline()
+        time.sleep(moments.uniform(0, 0.5))
         assert process.poll() is None, "it ended before it was killed"
         for number in (process.pid, *workers(process)):
             os.kill(number, signal.SIGKILL)
