@@ -135,6 +135,13 @@ def test_a_rollback_is_the_best_state_on_other_batches(launch, tiny, planted):
     assert [entry["skipped"] for entry in log("out") if "skipped" in entry] == [10]
 
 
+def test_a_rollback_from_a_folder_is_that_from_a_file(launch, tiny, planted):
+    launch(train, *RUN, "--rollbacks=2", "--out_dir=files")
+    launch(train, *RUN, "--rollbacks=2", "--out_dir=folders", "--sharded_save=True")
+    assert losses("files") == losses("folders")
+    assert len(losses("files")) == 80
+
+
 def test_more_rises_than_rollbacks_end_the_run(launch, tiny, monkeypatch, planted):
     monkeypatch.setattr(Batches, "draw", plant(Batches.draw, range(44, 100)))
     with pytest.raises(SystemExit) as stop:
