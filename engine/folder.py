@@ -32,7 +32,7 @@ def claim(folder, runtime):
     if runtime.rank == 0:
         try:
             with user_error(folder, OSError):
-                lock(folder)
+                lock(folder, "give another --out_dir, or wait")
                 for name in (*NAMES, "log.jsonl"):  # what a kill in a save left
                     (folder / f"{name}.tmp").unlink(missing_ok=True)
                     recover(folder / name)

@@ -1,4 +1,4 @@
-"""A folder has one owner at a time."""
+"""One process at a time in a folder."""
 
 import os
 import socket
@@ -6,7 +6,7 @@ import socket
 from engine.process import UserError, at_end
 
 
-def lock(folder):
+def lock(folder, advice):
     """Lock `folder` until main() or the process ends; UserError if another process holds it.
 
     The system frees it however the process ends. Where files cannot be locked, nothing happens.
@@ -23,7 +23,7 @@ def lock(folder):
     except BlockingIOError:
         file.seek(0)
         owner = file.read(200) or "another process"
-        raise UserError(f"{folder} is in use by {owner}; give another --out_dir, or wait") from None
+        raise UserError(f"{folder} is in use by {owner}; {advice}") from None
     except OSError:  # a file system without locks
         return
     file.truncate(0)
