@@ -8,6 +8,7 @@ the order in which they were made. Without that file it is in GPT-2's BPE.
 import json
 import os
 import pickle
+import re
 import tempfile
 import unicodedata
 from collections import deque
@@ -22,6 +23,9 @@ GPT2 = {"tokenizer": "gpt2", "vocab_size": 50304}  # 50,257 padded to a multiple
 # digits, marks, a line break with the blanks before it, blanks. Longer pieces were learned worse:
 # docs/course.md, step 2. To change it would change what existing datasets and checkpoints mean.
 WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*\n|\s+(?!\S)|\s+"
+# Where no token of this BPE or of any of tiktoken's encodings goes on: a space after a word, number
+# or mark, and any white space after a letter.
+CUT = re.compile(r"\S(?= )|[^\W\d_](?=\s)")
 
 
 class PlainUnpickler(pickle._Unpickler):  # the C one takes gigabytes for a damaged memo index

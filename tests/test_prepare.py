@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, SHARED, TEXT
 
+from data.corpus import local_corpus
 from data.tokenizer import GPT2, BPETokenizer, make_meta, make_tokenizer, read_meta
 
 
@@ -54,6 +55,16 @@ def test_shakespeare_has_its_counts_in_gpt2_tokens(prepare, tmp_path, shakespear
     assert "301,966 tokens" in own and "36,059 tokens" in own
     for split in ("train.bin", "val.bin"):  # cutting the text into pieces changed no token
         assert read(tmp_path / split) == read(tmp_path / "own" / split)
+
+
+def test_a_mark_at_the_begin_of_own_text_and_windows_line_ends_are_dropped(prepare, tmp_path):
+    (tmp_path / "in").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "in" / name).write_bytes("\ufeffone\r\ntwo\r\n".encode())
+    prepare("text", f"--input={tmp_path}/in", "--dataset=own")
+    ids = read(tmp_path / "own" / "train.bin") + read(tmp_path / "own" / "val.bin")
+    text = make_tokenizer(read_meta(tmp_path / "own")).decode_bytes(ids)
+    assert text == b"one\ntwo\n" * 2
 
 
 def test_another_file_is_not_taken_for_shakespeare(prepare, tmp_path):
@@ -277,43 +288,47 @@ def documents(tmp_path):
 
 
 def test_openwebtext_splits_as_nanogpt_and_ends_documents(prepare, tmp_path, gpt2_files, documents):
+    """Those to train on stay in the order of the corpus."""
     datasets = pytest.importorskip("datasets")
     out = prepare("openwebtext", f"--input={tmp_path}/docs.jsonl", "--num_proc=1")
     rows = datasets.Dataset.from_dict({"text": documents})
     split = rows.train_test_split(test_size=0.0005, seed=2357, shuffle=True)
+    train = sorted(split["train"]["text"], key=documents.index)
     encoding = BPETokenizer(GPT2).encoding
-    for name, part in (("train", split["train"]), ("val", split["test"])):
-        expected = [i for text in part["text"] for i in [*encoding.encode_ordinary(text), 50256]]
+    for name, texts in (("train", train), ("val", split["test"]["text"])):
+        expected = [i for text in texts for i in [*encoding.encode_ordinary(text), 50256]]
         assert read(tmp_path / f"{name}.bin") == expected
         assert f"{name}.bin: {len(expected):,} tokens" in out
     limited = prepare("openwebtext", f"--input={tmp_path}/docs.jsonl", "--limit=10")
     assert "train.bin: 36 tokens" in limited and "val.bin: 4 tokens" in limited
 
 
-def test_an_interruption_leaves_nothing(prepare, tmp_path, gpt2_files, documents, monkeypatch):
-    pytest.importorskip("datasets")
-    script = importlib.import_module("data.openwebtext.prepare")
-    real = script.encoded
-
-    def interrupted(documents, name, encoding):
-        yield from real(documents, name, encoding)
+def test_an_interruption_leaves_no_dataset(prepare, tmp_path, gpt2_files, documents, monkeypatch):
+    def interrupted(self, texts, threads):
+        next(texts)
+        yield np.array([1])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(script, "encoded", interrupted)
+    monkeypatch.setattr(BPETokenizer, "encode_corpus", interrupted)
     with pytest.raises(SystemExit) as stop:
         prepare("openwebtext", f"--input={tmp_path}/docs.jsonl")
     assert stop.value.code == 130
-    assert [path.name for path in tmp_path.iterdir()] == ["docs.jsonl"]
+    names = sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*"))
+    assert names == [".lock", "docs.jsonl", "unfinished", "unfinished/prepare.json"]
 
 
 def test_a_partial_openwebtext_is_refused(prepare, tmp_path, gpt2_files, documents, monkeypatch):
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_dict({"text": documents})
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: rows)
+    def partial(repository, pattern, revision, commit):
+        found = local_corpus(tmp_path / "docs.jsonl")
+        found.origin = {"repository": repository, "commit": "0" * 40}
+        return found
+
+    monkeypatch.setattr("data.documents.hub_corpus", partial)
     with pytest.raises(SystemExit) as stop:
         prepare("openwebtext")
     assert stop.value.code == "error: the hub gave 40 documents of 8,013,769; try later"
-    assert not (tmp_path / "train.bin").exists()
+    assert not (tmp_path / "unfinished").exists()
+    assert "train.bin: 36 tokens" in prepare("openwebtext", "--limit=10")
 
 
 def test_a_prepare_script_runs_from_any_folder(tmp_path):

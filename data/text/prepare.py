@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure  # noqa: E402
-from data.tokenizer import make_meta, make_tokenizer  # noqa: E402
+from data.tokenizer import CUT, make_meta, make_tokenizer  # noqa: E402
 from data.tokens import write_dataset  # noqa: E402
 from engine.process import UserError, one_line_errors, user_error, user_path  # noqa: E402
 
@@ -30,9 +30,6 @@ val_fraction = 0.1        # share of the characters, at the end, that validates
 
 DATA = Path(__file__).resolve().parents[1]
 PIECE = 2**20  # characters read at once
-# Where no token of any of tiktoken's encodings goes on: a space after a word, number or mark, and
-# any white space after a letter.
-CUT = re.compile(r"\S(?= )|[^\W\d_](?=\s)")
 
 
 def pieces(paths):
@@ -43,7 +40,7 @@ def pieces(paths):
         with (
             user_error(f"{path} is not UTF-8 text", UnicodeDecodeError),
             user_error(path, OSError),
-            open(path, encoding="utf-8") as file,
+            open(path, encoding="utf-8-sig") as file,
         ):
             while text := file.read(PIECE):
                 rest += text
