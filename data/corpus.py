@@ -69,6 +69,7 @@ class Corpus:
     def __init__(self, files, paths, origin=None):
         self.files, self.paths, self.origin = files, sorted(paths), origin or {}
         self.kind, self.sources = Path(self.paths[0]).suffix, []
+        self.advice = "; start again to go on" if origin else ""  # where a network is in between
         for path in self.paths:
             with reading(path):
                 about = files.info(path)
@@ -118,7 +119,7 @@ class Corpus:
     def texts(self, index, begin, end):
         """Yield the texts from `begin` to `end` of a file; where one is null, None."""
         path = self.paths[index]
-        with reading(path), self.open(path) as file:
+        with reading(path, self.advice), self.open(path) as file:
             if self.kind == ".parquet":
                 yield from parquet_texts(open_parquet(file, path), begin, end)
             elif self.kind == ".jsonl":
@@ -170,7 +171,7 @@ def in_pieces(text):
 def open_parquet(file, path):
     """Return an open parquet file. Raises UserError where it has no column `text` of strings."""
     library = import_extra("pyarrow.parquet", "documents")
-    opened = library.ParquetFile(file, pre_buffer=True)  # one request for each row group
+    opened = library.ParquetFile(file, pre_buffer=True)  # reads ahead, a request per row group
     kinds = {field.name: str(field.type) for field in opened.schema_arrow}
     if kinds.get("text") not in ("string", "large_string"):
         found = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
@@ -185,9 +186,8 @@ def row_groups(metadata):
 
 
 def parquet_texts(opened, begin, end):
-    for group in range(begin, end):
-        for batch in opened.iter_batches(ROWS, row_groups=[group], columns=["text"]):
-            yield from batch.column(0).to_pylist()
+    for batch in opened.iter_batches(ROWS, row_groups=range(begin, end), columns=["text"]):
+        yield from batch.column(0).to_pylist()
 
 
 # --- lines and plain text ------------------------------------------------------------------------

@@ -75,7 +75,7 @@ def make_plan(corpus, config, expected):
     plan |= {"origin": corpus.origin, "sources": corpus.sources}
     print(f"{len(corpus.paths):,} {corpus.kind} to read; counting documents")
     plan["parts"] = corpus.parts(config["limit"])
-    count = documents_of(plan)
+    plan["documents"] = count = sum(part["documents"] for part in plan["parts"])
     if expected and corpus.origin and config["limit"] is None and count != expected:
         raise UserError(f"the hub gave {count:,} documents of {expected:,}; try later")
     if count < 2:
@@ -83,14 +83,11 @@ def make_plan(corpus, config, expected):
     return plan
 
 
-def documents_of(plan):
-    return sum(part["documents"] for part in plan["parts"])
+def held_out(count):
+    """Return which of `count` documents validate, in order: as train_test_split draws for nanoGPT.
 
-
-def held_out(plan):
-    """Return the numbers of the documents to validate on, as train_test_split of the library
-    `datasets` draws them for nanoGPT."""
-    count = documents_of(plan)
+    That is a function of the library `datasets`.
+    """
     order = np.random.default_rng(SEED).permutation(count)
     return order[: math.ceil(HELD_OUT * count)].tolist()
 
@@ -98,7 +95,9 @@ def held_out(plan):
 def read_record(folder):
     """Return what prepare.json in `folder` says, {} where there is none."""
     with suppress(OSError, ValueError):
-        return json.loads((folder / RECORD).read_bytes())
+        record = json.loads((folder / RECORD).read_bytes())
+        if isinstance(record, dict):
+            return record
     return {}
 
 
@@ -125,9 +124,9 @@ def known_commit(folder, repository, pattern, revision):
 def write_parts(work, corpus, plan, num_proc):
     """Write those token files to the folder `work` that are not there yet."""
     begin(work, plan)
-    apart, parts = set(held_out(plan)), plan["parts"]
+    apart, parts = set(held_out(plan["documents"])), plan["parts"]
     encoder = open_tokenizer(work, corpus, plan, apart)
-    with tqdm(total=documents_of(plan), unit=" documents", smoothing=0.05) as progress:
+    with tqdm(total=plan["documents"], unit=" documents", smoothing=0.05) as progress:
         for number, part in enumerate(parts):
             path = work / ("train.bin" if len(parts) == 1 else f"train_{number:04}.bin")
             if path.exists():
@@ -203,7 +202,7 @@ def finish(folder, plan):
     for each in counts:
         ids |= each["held_out"]
     with atomic(work / "val.bin") as file:
-        for number in held_out(plan):
+        for number in held_out(plan["documents"]):
             file.write(bytes.fromhex(ids.get(str(number), "")))
     files = dataset_files(work)
     if not files["val.bin"] or not any(files[name] for name in files if "train" in name):
@@ -246,10 +245,11 @@ def put_in_place(folder):
 def report(folder):
     """Print what was counted, and the tokens of each split."""
     record = read_record(folder)
-    count, skipped, size = documents_of(record["plan"]), record["skipped"], record["bytes"]
-    print(f"{count:,} documents, {skipped:,} of them empty and skipped, {size:,} bytes of text")
+    count, skipped = record["plan"]["documents"], record["skipped"]
+    print(f"documents: {count:,}, of which {skipped:,} empty ones were skipped")
+    print(f"text: {record['bytes']:,} bytes")
     width = id_dtype(read_meta(folder)).itemsize
     for split in ("train", "val"):
-        sizes = [size for name, size in record["files"].items() if name.startswith(split)]
+        sizes = [size for name, size in record["files"].items() if split in name]
         name = f"{split}.bin" if len(sizes) == 1 else f"{split}_*.bin, {len(sizes)} files"
         print(f"{folder / name}: {sum(sizes) // width:,} tokens")
