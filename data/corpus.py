@@ -34,7 +34,7 @@ def reading(what, advice=""):
 
 def local_corpus(input):
     """Return the Corpus of a file, or of the files of one kind anywhere in a folder."""
-    source = user_path(input).resolve()
+    source = user_path(input or "no input").resolve()
     paths = [path for path in [source, *source.rglob("*")] if path.suffix in KINDS]
     paths = [path for path in paths if path.is_file()]
     if len({path.suffix for path in paths}) != 1:

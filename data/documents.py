@@ -145,7 +145,7 @@ def begin(work, plan):
     if found:
         differs = next(name for name in plan if plan[name] != old.get(name))
         raise UserError(
-            f"{work} holds {len(found)} parts of another preparation, whose {differs} differs; "
+            f"{work} holds {len(found)} parts of another preparation, not of the same {differs}; "
             f"start that one again to end it, or delete the folder"
         )
     shutil.rmtree(work, ignore_errors=True)

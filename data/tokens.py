@@ -110,7 +110,7 @@ class TokenFile:
         self.path = path if files == [path] else path.with_name(f"{path.stem}_*.bin")
         if not files[0].exists():
             if (path.parent / "unfinished").exists():
-                raise UserError(f"{path.parent} is half prepared; start its prepare.py again")
+                raise UserError(f"{path.parent} is half prepared; start its preparation again")
             own = f"data/text/prepare.py --input=FILE --dataset={path.parent.name}"
             command = f"{path.parent}/prepare.py" if (path.parent / "prepare.py").exists() else own
             raise UserError(f"no {path.name} in {path.parent}; make it: python {command}")

@@ -238,6 +238,7 @@ def test_a_parquet_file_without_text_names_what_it_has(prepare, tmp_path):
         (["--tokenizer=char"], "error: tokenizer=char has no end-of-text token; take gpt2, "),
         (["--tokenizer=gpt7"], "error: no tokenizer gpt7: "),
         (["--dataset=../x"], "error: --dataset=../x: give a new name, of a folder to be made in "),
+        (["--input="], "error: --input=: give .parquet, .jsonl or .txt files of one kind"),
         (["--input=no.jsonl"], "error: --input=no.jsonl: give .parquet, .jsonl or .txt files of "),
         (["--limit=1"], "error: limit=1"),
     ],
@@ -430,11 +431,11 @@ def test_another_preparation_does_not_wipe_out_the_parts_of_one(
     line = refused(prepare, source, "--limit=30")
     work = tmp_path / "data" / "own" / "unfinished"
     assert line == (
-        f"error: {work} holds 2 parts of another preparation, whose limit differs; "
+        f"error: {work} holds 2 parts of another preparation, not of the same limit; "
         f"start that one again to end it, or delete the folder"
     )
     write_lines(tmp_path / "docs.jsonl", [TEXTS[0], *TEXTS[:59]])
-    assert "whose sources differs" in refused(prepare, source)
+    assert "not of the same sources" in refused(prepare, source)
     assert len(list(work.glob("train*.bin"))) == 2
 
 
@@ -442,7 +443,7 @@ def test_an_unfinished_dataset_is_named_as_such(prepare, source, tmp_path, monke
     with monkeypatch.context() as patch:
         stop_in_part(patch, 2)
         refused(prepare, source)
-    with pytest.raises(ValueError, match="own is half prepared; start its prepare.py again"):
+    with pytest.raises(ValueError, match="own is half prepared; start its preparation again"):
         TokenFile(tmp_path / "data" / "own" / "train.bin", {"vocab_size": 257}, 4)
 
 

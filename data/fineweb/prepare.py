@@ -7,7 +7,8 @@
 Needs `pip install -e '.[documents]'`, and 20 GB for the sample. Of the files on the hub only the
 text is read, as a stream, and not kept. Stop it when you like: the same command goes on with the
 first part that is missing (data/documents.py). The commit that `revision` named at the first start
-is printed, recorded, and read to the end, wherever the branch moves meanwhile.
+is printed, recorded, and read to the end, wherever the branch moves meanwhile: that is what pins
+the data.
 
 A document is a row of .parquet or a line of .jsonl, with its text in `text`, or a .txt file. An
 end-of-text token follows each, and empty ones are skipped. One in 2,000 is held out to validate on.

@@ -4,10 +4,10 @@
     python data/openwebtext/prepare.py --limit=1000                     # reads no more than these
     python data/openwebtext/prepare.py --input=docs.jsonl --limit=1000  # or .parquet, .txt, folder
 
-Needs `pip install -e '.[openwebtext]'` and 18 GB. The 25 GB or so of compressed text are read as a
-stream and not kept. Stop it when you like: the same command goes on with the first part that is
+Needs `pip install -e '.[openwebtext]'` and 18 GB. Of the files on the hub only the text is read, as
+a stream, and not kept. Stop it when you like: the same command goes on with the first part that is
 missing (data/documents.py). The commit that `revision` named at the first start is printed,
-recorded, and read to the end, wherever the branch moves meanwhile.
+recorded, and read to the end, wherever the branch moves meanwhile: that is what pins the data.
 
 An end-of-text token follows each document. The documents to validate on and their order are
 nanoGPT's; those to train on are nanoGPT's too, in the order of the corpus.
