@@ -127,7 +127,6 @@ class Corpus:
             else:
                 yield file_text(file.read(), path)
 
-
     def beginning(self, parts, apart, most):
         """Yield the first documents, about `most` characters, without those numbered in `apart`."""
         count = 0
