@@ -65,6 +65,32 @@ def test_a_run_that_has_only_a_folder_is_sampled_from_and_exported(launch, tiny,
     assert launch(sample, *text) == drawn
 
 
+def test_a_folder_is_judged_and_moved_aside_as_a_file_is(launch, tiny):
+    launch(train, *SHARDED, "--max_iters=2")
+    losses_of = "step 2: train loss"
+    judged = launch(train, "--init_from=resume", "--eval_only")
+    launch(train, *SHARDED, "--max_iters=2", "--sharded_save=False", "--out_dir=one")
+    found = launch(train, "--init_from=resume", "--eval_only", "--out_dir=one")
+    for out in (judged, found):
+        assert losses_of in out
+    assert judged.partition(losses_of)[2] == found.partition(losses_of)[2]
+    launch(train, *SHARDED, "--max_iters=3")
+    assert load_folder("out")["iter_num"] == 3 and load_folder("out/previous")["iter_num"] == 2
+
+
+def test_the_older_of_two_renames_is_resumed_from(launch, tiny, monkeypatch):
+    monkeypatch.setattr(sample, "ROOT", tiny)
+    launch(train, *SHARDED, "--max_iters=2")
+    shutil.rmtree("out/best.dcp")
+    os.rename("out/ckpt.dcp", "out/ckpt.dcp.old")
+    Path("out/ckpt.dcp.new").mkdir()
+    Path("out/ckpt.dcp.new/__0_0.distcp").write_text("half")
+    launch(sample, "--device=cpu", "--dtype=float32", "--num_samples=1", "--max_new_tokens=9")
+    out = launch(train, *SHARDED, "--max_iters=3", "--auto_resume=True")
+    assert "steps: 2 to 3," in out and load_folder("out")["iter_num"] == 3
+    assert {"ckpt.dcp", "log.jsonl"} <= set(files("out")) <= {"best.dcp", "ckpt.dcp", "log.jsonl"}
+
+
 def test_the_best_and_the_newest_share_their_files_while_they_are_one_state(launch, tiny):
     launch(train, *SHARDED, "--max_iters=1")
     for name in files("out/ckpt.dcp"):
