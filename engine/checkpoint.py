@@ -7,7 +7,7 @@ from typing import Literal, get_args, get_origin
 
 import torch
 
-from engine.disk import read_file, reading
+from engine.disk import missing_parts, read_file, reading
 from engine.health import LossWatch
 from engine.process import UserError, check_writable, reason, user_error, user_path
 from engine.runtime import gather_on_rank_0, shard_like
@@ -44,15 +44,6 @@ def read_checkpoint(path):
     mask = ".attn.bias"  # of nanoGPT with PyTorch before 2.0
     saved["model"] = {name: w for name, w in weights.items() if not name.endswith(mask)}
     return saved
-
-
-def missing_parts(saved):
-    """Return the names of what a checkpoint must hold and this one does not, in the right type."""
-    needed = {"model": dict, "model_args": dict, "iter_num": int, "config": dict}
-    optional = dict.fromkeys(("optimizer", "scaler", "tokenizer", "data", "watch"), dict)
-    lacks = [key for key, kind in needed.items() if not isinstance(saved.get(key), kind)]
-    lacks += [key for key, kind in optional.items() if not isinstance(saved.get(key, {}), kind)]
-    return lacks
 
 
 def find_checkpoint(folder, name=None, newest=False, whole=True):

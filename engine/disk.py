@@ -99,3 +99,12 @@ def reading(path):
         raise UserError(f"{path} cannot be read as a checkpoint: {why}{hint}") from None
     except Exception as fault:  # damage can raise anything, but it runs nothing
         raise UserError(f"{path} cannot be read as a checkpoint: {reason(fault)}{hint}") from None
+
+
+def missing_parts(saved):
+    """Return the names of what a checkpoint must hold and this one does not, in the right type."""
+    needed = {"model": dict, "model_args": dict, "iter_num": int, "config": dict}
+    optional = dict.fromkeys(("optimizer", "scaler", "tokenizer", "data", "watch"), dict)
+    lacks = [key for key, kind in needed.items() if not isinstance(saved.get(key), kind)]
+    lacks += [key for key, kind in optional.items() if not isinstance(saved.get(key, {}), kind)]
+    return lacks
