@@ -20,8 +20,9 @@ from engine.fast import recompute_activations, use_fast_parts
 from engine.folder import check_writable, take_folder
 from engine.health import Health
 from engine.log import StepTimer, finish
+from engine.parallel import shard, unshard, wrap
 from engine.process import UserError, one_line_errors, user_error, user_path
-from engine.runtime import compile_model, shard, start_runtime, unshard, wrap
+from engine.runtime import compile_model, start_runtime
 from engine.size import note_memory
 from model import GPT, GPTConfig
 
@@ -181,8 +182,7 @@ def build_state(saved, meta, data, config, runtime):
         use_fast_parts(model, runtime.device)
     if activation_checkpointing:
         recompute_activations(model.transformer.h, dropout, runtime.device)
-    if fsdp and runtime.world_size > 1:
-        shard(model, model.transformer.h, runtime)
+    shard(model, model.transformer.h, fsdp, runtime)
     updater = model.configure_optimizers(
         weight_decay, learning_rate, (beta1, beta2), runtime.device.type, optimizer
     )

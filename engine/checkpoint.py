@@ -8,8 +8,8 @@ from typing import Literal, get_args, get_origin
 
 import torch
 
+from engine.parallel import gather_on_rank_0, shard_like
 from engine.process import UserError, reason, user_path
-from engine.runtime import gather_on_rank_0, shard_like
 
 NANOGPTS = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"
 NAMES = "ckpt.pt", "last.pt", "best.pt"  # engine/folder.py says which is when

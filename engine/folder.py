@@ -15,8 +15,8 @@ import torch
 
 from engine.checkpoint import NAMES, read_checkpoint
 from engine.log import Log
+from engine.parallel import unshard
 from engine.process import UserError, at_end, atomic, catch_signals, link, user_error, user_path
-from engine.runtime import unshard
 
 
 def check_writable(folder, setting="out_dir"):

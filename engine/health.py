@@ -8,8 +8,8 @@ import math
 
 import torch
 
+from engine.parallel import unshard
 from engine.process import UserError
-from engine.runtime import unshard
 
 
 class BadSteps:
