@@ -1,18 +1,97 @@
-"""What several processes share: gradients averaged, or weights sharded."""
+"""What several processes share: gradients averaged, or weights sharded.
+
+Sharded weights are whole nowhere: while a model is made, a process holds its share of it and one
+whole parameter at a time.
+"""
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
-def shard(model, blocks, fsdp, runtime):
-    """Spread the parameters of `model` over all ranks if `fsdp`, in place, block by block (FSDP2)."""
+def make_mesh(fsdp, runtime):
+    """Return the mesh of ranks to shard weights over, None where the setting `fsdp` asks for none."""
     if not fsdp or runtime.world_size == 1:
-        return
+        return None
+    return dist.init_device_mesh(runtime.device.type, (runtime.world_size,))
+
+
+# --- a model in shares ---------------------------------------------------------------------------
+
+
+def make_model(model_class, shape, weights, seed, device, mesh=None):
+    """Return a `model_class` of `shape` on `device`, sharded over the ranks of `mesh` if given.
+
+    It has the `weights`, name -> tensor, or where they are None those that it draws from `seed`,
+    sharded or not the same. Raises load_state_dict's RuntimeError where they do not fit.
+    """
+    torch.manual_seed(seed)
+    if mesh is None and weights is None:
+        return model_class(shape).to(device)
+    if mesh is None:
+        return model_class.from_state(shape, weights, device)
+    if weights is None:
+        shares = draw_shares(model_class, shape, mesh)
+    else:
+        shares = {name: share(tensor.float(), mesh) for name, tensor in weights.items()}
+    with torch.device("meta"):  # no memory and no random numbers
+        model = model_class(shape)
+    shard(model, model.transformer.h, mesh)
+    model.load_state_dict(shares, assign=True)
+    model.tie()
+    return model
+
+
+def draw_shares(model_class, shape, mesh):
+    """Return this rank's share of the parameters that a new model has on the CPU, name -> share."""
+    with torch.device("meta"), Draws(mesh) as draws:
+        model = model_class(shape)
+    drawn = model.state_dict(keep_vars=True).items()
+    return {name: draws.shares[tensor] for name, tensor in drawn if tensor in draws.shares}
+
+
+class Draws(TorchDispatchMode):
+    """While it is active, keeps a share of what tensors on the meta device would be filled with.
+
+    It draws as many random numbers as on the CPU, a whole tensor at a time. nn.init fills in place,
+    by the functions below; a parameter that is made otherwise is missing.
+    """
+
+    FILLS = {getattr(torch.ops.aten, name) for name in ("normal_", "uniform_", "zero_", "fill_")}
+
+    def __init__(self, mesh):
+        super().__init__()
+        self.mesh, self.shares = mesh, WeakTensorKeyDictionary()  # of tensors that still exist
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        fills = function.overloadpacket in self.FILLS
+        assert fills or not function._schema.is_mutable, function
+        if fills:
+            tensor, *values = arguments
+            whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+            function(whole, *values, **(options or {}))
+            self.shares[tensor] = share(whole, self.mesh)
+        return function(*arguments, **(options or {}))
+
+
+def shard(model, blocks, mesh):
+    """Spread the parameters of `model` over the ranks of `mesh`, in place, by blocks (FSDP2)."""
     from torch.distributed.fsdp import fully_shard  # here, because it takes a second to import
 
-    mesh = dist.init_device_mesh(runtime.device.type, (runtime.world_size,))
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh)
+
+
+def share(tensor, mesh):
+    """Return this rank's share of `tensor`, which every rank has: nothing is sent."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]  # fully_shard's
+    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+
+
+# --- one and several alike -----------------------------------------------------------------------
 
 
 def wrap(model, runtime):
@@ -33,13 +112,7 @@ def unshard(tensor):
 
 def shard_like(parameter, tensor):
     """Return this rank's share of `tensor` if `parameter`, of the same shape, is sharded."""
-    if not is_sharded(parameter):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(
-        tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
-    )  # every rank has it: nothing is sent
+    return share(tensor, parameter.device_mesh) if is_sharded(parameter) else tensor
 
 
 def gather_on_rank_0(tree, runtime):

@@ -90,7 +90,7 @@ dist.init_process_group("cpu:gloo,cuda:nccl")
 alone = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)).cuda()
 sharded, averaged = copy.deepcopy(alone), copy.deepcopy(alone)
 weights = {name: tensor.cpu() for name, tensor in alone.state_dict().items()}
-shard(sharded, sharded.transformer.h, True, runtime)
+shard(sharded, sharded.transformer.h, dist.init_device_mesh("cuda", (1,)))
 for name, tensor in gather_on_rank_0(sharded.state_dict(), runtime).items():
     assert torch.equal(tensor, weights[name]), name
 several = dataclasses.replace(runtime, world_size=2)  # else wrap() has nothing to do
