@@ -81,7 +81,7 @@ batch_ramp_start = 0.25             # the share of them that it starts with
 # System
 seed = 1337                         # of the initial weights, the batches and dropout
 backend = "nccl"                    # of the process group on GPUs; CPUs use gloo
-fsdp = False                        # shard weights and optimizer over the processes
+fsdp: bool | str = False            # shard weights and optimizer; hybrid: within a machine only
 activation_checkpointing = False    # keep less for the backward pass, compute blocks twice
 fast_parts = True                   # compute with engine/fast.py; False: as PyTorch does
 timeout = 600.0                     # seconds that processes wait for one another
@@ -175,7 +175,7 @@ def build_model(saved, meta, config, device, mesh=None):
 
 def build_state(saved, meta, data, config, runtime):
     """Return the State that training starts from: a new one, or that of the checkpoint `saved`."""
-    mesh = make_mesh(fsdp, runtime)
+    mesh = make_mesh(fsdp, timeout, runtime)
     model = build_model(saved, meta, config, runtime.device, mesh)
     for tokens in data.values():
         tokens.limit(model.config.vocab_size)

@@ -4,17 +4,41 @@ Sharded weights are whole nowhere: while a model is made, a process holds its sh
 whole parameter at a time.
 """
 
+import os
+from datetime import timedelta
+
 import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from engine.process import UserError
 
-def make_mesh(fsdp, runtime):
-    """Return the mesh of ranks to shard weights over, None where the setting `fsdp` asks for none."""
-    if not fsdp or runtime.world_size == 1:
+
+def make_mesh(fsdp, timeout, runtime):
+    """Return the mesh of ranks to shard weights over, None where the setting `fsdp` asks for none.
+
+    "hybrid" gives it two dimensions: each machine has all weights, its processes share them. Every
+    rank must call it.
+    """
+    if fsdp not in (True, False, "hybrid"):
+        raise UserError(f"fsdp={fsdp}: choose True, False or hybrid")
+    device_type, world_size = runtime.device.type, runtime.world_size
+    if not fsdp or world_size == 1:
         return None
-    return dist.init_device_mesh(runtime.device.type, (runtime.world_size,))
+    if fsdp != "hybrid":
+        return dist.init_device_mesh(device_type, (world_size,))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
+    least, most = (int(runtime.reduce(op, local)) for op in ("min", "max"))
+    if least < most:
+        have = f"as many processes on each machine, not {least} to {most}"
+        raise UserError(f"fsdp=hybrid needs {have}; give each the same --nproc_per_node")
+    ranks, limit = torch.arange(world_size).view(-1, local), timedelta(seconds=timeout)
+    groups = [  # init_device_mesh() would let them wait for half an hour
+        dist.new_subgroups_by_enumeration(lines.tolist(), limit)[0] for lines in (ranks.T, ranks)
+    ]
+    names = "replicate", "shard"
+    return dist.DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
 
 
 # --- a model in shares ---------------------------------------------------------------------------
