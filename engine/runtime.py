@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from engine.parallel import is_sharded
-from engine.process import UserError, caught_signal, reason, shared_store
+from engine.process import UserError, caught_signal, reason, shared_store, user_error
 
 # Dense peaks in TFLOP/s, from data sheets: 16-bit, then float32 (as TF32 from Ampere on).
 PEAKS = {
@@ -91,20 +91,21 @@ def start_runtime(device, dtype, compile, backend="gloo", timeout=600, lenient=(
     device, why_device = choose_device(device, "device" in lenient)
     dtype, why_dtype = choose_dtype(dtype, device, "dtype" in lenient)
     compile, why_compile = choose_compile(compile, device)
+    if device.type not in ("cpu", "mps"):
+        torch.accelerator.set_device_index(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    if world_size > 1:  # gloo also on GPUs, for the numbers that only the hosts share
-        backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
-        limit = timedelta(seconds=timeout)
+    if world_size > 1:
+        backend, limit = choose_backend(device, backend), timedelta(seconds=timeout)
         dist.init_process_group(backend, None, limit, world_size, rank, shared_store(timeout))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    get_name = getattr(torch.get_device_module(device), "get_device_name", None)
+    name = get_name(device) if get_name else device.type
     precision = str(dtype).removeprefix("torch.")
     about = f"{world_size} x {name}{why_device}, {precision} ({why_dtype}), {why_compile}"
     return Runtime(device, dtype, compile, rank, world_size, name, about)
 
 
-CANNOT = RuntimeError, AssertionError, NotImplementedError  # what torch raises for a device
+CANNOT = RuntimeError, AssertionError, NotImplementedError, ImportError  # of torch, for a device
 
 
 def choose_device(name, fall_back=False):
@@ -121,16 +122,15 @@ def choose_device(name, fall_back=False):
         if not fall_back:
             raise UserError(f"{why}; try --device=auto")
         return choose_device("auto")[0], f" ({why})"
-    if torch.cuda.is_available():
-        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if processes > gpus:
-            why = f"{processes} processes for {gpus} GPUs; lower --nproc_per_node"
-            return torch.device("cpu"), f" ({why})"
-        name = "cuda"
-    elif torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        name = "mps"
-    else:
+    if not torch.accelerator.is_available():
         return torch.device("cpu"), ""
+    name = torch.accelerator.current_accelerator().type
+    if name == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return torch.device("cpu"), ""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    if processes > gpus:
+        why = f"{processes} processes for {gpus} GPUs; lower --nproc_per_node"
+        return torch.device("cpu"), f" ({why})"
     try:
         return open_device(name), ""
     except CANNOT as fault:
@@ -139,7 +139,9 @@ def choose_device(name, fall_back=False):
 
 def open_device(name):
     """Return the torch.device called `name` after a first use of it; each process has its own."""
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    device = torch.device(name)
+    if device.index is None and device.type not in ("cpu", "mps", "meta"):
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
     torch.zeros(1, device=device).item()  # "meta" has no values
     return device
 
@@ -153,9 +155,22 @@ def choose_dtype(name, device, fall_back=False):
     if device.type == "cuda":  # is_bf16_supported() is also true where it is emulated, slowly
         real = torch.cuda.get_device_capability(device) >= (8, 0)
         return (torch.bfloat16, "the GPU's own") if real else (torch.float16, "no bfloat16 here")
+    supports = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    if supports and supports():
+        return torch.bfloat16, "the device's own"
     # On a CPU with AVX512-BF16 but no AMX, matmuls in bfloat16 took 1.75 times those in float32.
     amx = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
     return (torch.bfloat16, "AMX") if amx else (torch.float32, "no fast bfloat16 here")
+
+
+def choose_backend(device, backend):
+    """Return the backend of the process group: `backend` on CUDA, else PyTorch's for the device."""
+    if device.type in ("cpu", "mps"):
+        return "gloo"
+    if device.type != "cuda":
+        with user_error(f"device={device.type} on several processes", ValueError):
+            backend = dist.get_default_backend_for_device(device)
+    return f"cpu:gloo,{device.type}:{backend}"  # gloo for the numbers that only the hosts share
 
 
 def choose_compile(setting, device):
