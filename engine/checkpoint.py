@@ -124,8 +124,10 @@ def crop(shape, weights, block_size):
     `weights` may be None. Raises UserError if the context would be longer than it is.
     """
     if block_size > shape.block_size:
-        has = f"exceeds the model's {shape.block_size}; lower --block_size"
-        raise UserError(f"block_size={block_size} {has}")
+        raise UserError(
+            f"block_size={block_size} exceeds the model's {shape.block_size}; "
+            f"lower --block_size"
+        )
     table = "transformer.wpe.weight"
     if weights and table in weights:
         weights[table] = weights[table][:block_size]

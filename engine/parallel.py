@@ -31,14 +31,16 @@ def make_mesh(fsdp, timeout, runtime):
     local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     least, most = (int(runtime.reduce(op, local)) for op in ("min", "max"))
     if least < most:
-        have = f"as many processes on each machine, not {least} to {most}"
-        raise UserError(f"fsdp=hybrid needs {have}; give each the same --nproc_per_node")
-    ranks, limit = torch.arange(world_size).view(-1, local), timedelta(seconds=timeout)
-    groups = [  # init_device_mesh() would let them wait for half an hour
-        dist.new_subgroups_by_enumeration(lines.tolist(), limit)[0] for lines in (ranks.T, ranks)
-    ]
+        raise UserError(
+            f"fsdp=hybrid needs as many processes on each machine, not {least} to {most}; "
+            f"give each the same --nproc_per_node"
+        )
+    ranks = torch.arange(world_size).view(-1, local)  # (machines, processes of each)
+    limit = timedelta(seconds=timeout)  # init_device_mesh() would let them wait for half an hour
+    replicas, _ = dist.new_subgroups_by_enumeration(ranks.T.tolist(), limit)
+    shards, _ = dist.new_subgroups_by_enumeration(ranks.tolist(), limit)
     names = "replicate", "shard"
-    return dist.DeviceMesh.from_group(groups, device_type, ranks, mesh_dim_names=names)
+    return dist.DeviceMesh.from_group([replicas, shards], device_type, ranks, mesh_dim_names=names)
 
 
 # --- a model in shares ---------------------------------------------------------------------------

@@ -96,7 +96,8 @@ def start_runtime(device, dtype, compile, backend="gloo", timeout=600, lenient=(
     if device.type == "cuda":
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     if world_size > 1:
-        backend, limit = choose_backend(device, backend), timedelta(seconds=timeout)
+        backend = choose_backend(device, backend)
+        limit = timedelta(seconds=timeout)
         dist.init_process_group(backend, None, limit, world_size, rank, shared_store(timeout))
     get_name = getattr(torch.get_device_module(device), "get_device_name", None)
     name = get_name(device) if get_name else device.type
