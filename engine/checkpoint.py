@@ -160,7 +160,7 @@ def load_optimizer(optimizer, saved, device):
                 if moment.shape != parameter.shape:
                     shapes = f"{tuple(moment.shape)}, not {tuple(parameter.shape)}"
                     raise UserError(f"tensor {index} has {name} of shape {shapes}")
-                moments[name] = shard_like(parameter, moment).to(device, copy=True).contiguous()
+                moments[name] = shard_like(parameter, moment.contiguous()).to(device, copy=True)
             moments["step"] = moments["step"].clone()  # nothing keeps the file mapped
         optimizer.load_state_dict(saved)
     except (LookupError, TypeError, AttributeError, ValueError) as fault:

@@ -114,7 +114,8 @@ def share(tensor, mesh):
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]  # fully_shard's
-    return distribute_tensor(tensor, mesh, placements, src_data_rank=None)
+    whole = tensor.contiguous()  # as fully_shard needs it
+    return distribute_tensor(whole, mesh, placements, src_data_rank=None)
 
 
 # --- one and several alike -----------------------------------------------------------------------
