@@ -16,13 +16,15 @@ from configurator import configure, range_faults, take_over
 from data.batches import Batches
 from data.tokenizer import check_tokenizer
 from data.tokens import check_vocabulary, open_dataset, send
-from engine.checkpoint import State, check_shape, checkpoint_to_resume, model_config
+from engine.checkpoint import State, check_shape, checkpoint_to_resume, crop, model_config
 from engine.fast import recompute_activations, use_fast_parts
 from engine.folder import take_folder
 from engine.health import Health
+from engine.huggingface import load_pretrained
 from engine.log import finish
+from engine.parallel import make_mesh, make_model, unshard, wrap
 from engine.process import UserError, one_line_errors, user_error, user_path
-from engine.runtime import compile_model, shard, start_runtime, unshard, wrap
+from engine.runtime import compile_model, start_runtime
 from engine.size import note_memory
 from model import GPT, GPTConfig
 
@@ -85,7 +87,7 @@ batch_ramp_start = 0.25             # the share of them that it starts with
 # System
 seed = 1337                         # of the initial weights, the batches and dropout
 backend = "nccl"                    # of the process group on GPUs; CPUs use gloo
-fsdp = False                        # shard weights and optimizer over the processes
+fsdp: bool | str = False            # shard weights and optimizer; hybrid: within a machine only
 activation_checkpointing = False    # keep less for the backward pass, compute blocks twice
 fast_parts = True                   # compute with engine/fast.py; False: as PyTorch does
 timeout = 600.0                     # seconds that processes wait for one another
@@ -151,43 +153,41 @@ def load_data(config, runtime):
 # --- model and optimizer -------------------------------------------------------------------------
 
 
-def build_model(saved, meta, config, device):
-    """Return the bare model on `device`: that of the checkpoint `saved`, or as init_from says."""
+def build_model(saved, meta, config, device, mesh=None):
+    """Return the bare model on `device`: that of the checkpoint `saved`, or as init_from says.
+
+    It is sharded over the ranks of `mesh`, if there is one.
+    """
     if saved:
         shape = model_config(GPTConfig, saved, config)
-        model = GPT.from_state(shape, saved["model"], device)
+        weights = saved["model"]
     elif init_from == "scratch":
-        torch.manual_seed(seed)
-        shape = {name: config[name] for name in vars(GPTConfig()) if name in config}
-        model = GPT(GPTConfig(**shape, vocab_size=meta["vocab_size"])).to(device)
+        fields = {name: config[name] for name in vars(GPTConfig()) if name in config}
+        shape = GPTConfig(**fields, vocab_size=meta["vocab_size"])
+        weights = None
     else:
         if init_from.startswith("gpt2"):  # before anything is downloaded
             check_shape(init_from, GPTConfig(), config)
             check_vocabulary(dataset, meta, 50257)
         check_tokenizer(user_path(init_from), dataset, meta)
-        model = GPT.from_pretrained(init_from, dropout, device)
-        check_shape(init_from, model.config, config)
-    check_vocabulary(dataset, meta, model.config.vocab_size)
-    if block_size > model.config.block_size:
-        raise UserError(
-            f"block_size={block_size} exceeds the model's {model.config.block_size}; "
-            f"lower --block_size"
-        )
-    model.crop_block_size(block_size)
-    return model
+        fields, weights = load_pretrained(init_from)
+        shape = GPTConfig(**fields, dropout=dropout)
+        check_shape(init_from, shape, config)
+    check_vocabulary(dataset, meta, shape.vocab_size)
+    shape = crop(shape, weights, block_size)
+    return make_model(GPT, shape, weights, seed, device, mesh)
 
 
 def build_state(saved, meta, data, config, runtime):
     """Return the State that training starts from: a new one, or that of the checkpoint `saved`."""
-    model = build_model(saved, meta, config, runtime.device)
+    mesh = make_mesh(fsdp, timeout, runtime)
+    model = build_model(saved, meta, config, runtime.device, mesh)
     for tokens in data.values():
         tokens.limit(model.config.vocab_size)
     if fast_parts:
         use_fast_parts(model, runtime.device)
     if activation_checkpointing:
         recompute_activations(model.transformer.h, dropout, runtime.device)
-    if fsdp and runtime.world_size > 1:
-        shard(model, model.transformer.h, runtime)
     updater = model.configure_optimizers(
         weight_decay, learning_rate, (beta1, beta2), runtime.device.type, optimizer, eps
     )

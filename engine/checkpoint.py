@@ -9,8 +9,8 @@ import torch
 
 from engine.disk import missing_parts, read_file, reading
 from engine.health import LossWatch
+from engine.parallel import gather_on_rank_0, shard_like
 from engine.process import UserError, check_writable, reason, user_error, user_path
-from engine.runtime import gather_on_rank_0, shard_like
 
 NANOGPTS = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"
 # engine/folder.py says which is when, engine/sharded.py what .dcp is, engine/disk.py what .dcp.old.
@@ -122,6 +122,22 @@ def check_shape(name, shape, settings):
             raise UserError(f"{has}; leave --{key}={settings[key]} out")
 
 
+def crop(shape, weights, block_size):
+    """Return `shape` with a context of `block_size`, and cut the position table in `weights` to it.
+
+    `weights` may be None. Raises UserError if the context would be longer than it is.
+    """
+    if block_size > shape.block_size:
+        raise UserError(
+            f"block_size={block_size} exceeds the model's {shape.block_size}; "
+            f"lower --block_size"
+        )
+    table = "transformer.wpe.weight"
+    if weights and table in weights:
+        weights[table] = weights[table][:block_size]
+    return dataclasses.replace(shape, block_size=block_size)
+
+
 def is_of_kind(value, kind):
     """Return whether `value` is of the type `kind`, or one of the words of a Literal."""
     return value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
@@ -144,11 +160,11 @@ def load_optimizer(optimizer, saved, device):
             parameter, group = grouped[index]
             names = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
             for name in names:
-                moment = moments[name][: len(parameter)].to(device, copy=True).contiguous()
+                moment = moments[name][: len(parameter)]
                 if moment.shape != parameter.shape:
                     shapes = f"{tuple(moment.shape)}, not {tuple(parameter.shape)}"
                     raise UserError(f"tensor {index} has {name} of shape {shapes}")
-                moments[name] = shard_like(parameter, moment)
+                moments[name] = shard_like(parameter, moment.contiguous()).to(device, copy=True)
             moments["step"] = moments["step"].clone()  # nothing keeps the file mapped
         optimizer.load_state_dict(saved)
     except (LookupError, TypeError, AttributeError, ValueError) as fault:

@@ -19,8 +19,8 @@ from engine.checkpoint import NAMES, read_checkpoint
 from engine.disk import existing, os_errors, recover, remove
 from engine.lock import lock
 from engine.log import Log
+from engine.parallel import unshard
 from engine.process import UserError, atomic, catch_signals, link, user_error, user_path
-from engine.runtime import unshard
 
 
 def claim(folder, runtime):

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 
 from engine.layers import Layers
+from engine.parallel import shard_like
 from engine.process import UserError
-from engine.runtime import shard_like
 
 CHECKED = 10  # steps between two looks at what the device has noted, each of which waits for it
 WINDOW = 50  # losses whose median is watched: more than half of them must be high

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from engine.runtime import unshard
+from engine.parallel import unshard
 
 
 class Layers:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from engine.runtime import shard_like, unshard
+from engine.parallel import shard_like, unshard
 
 # Five odd polynomials a x + b x^3 + c x^5, one after another: singular values between 0.001 and 1
 # come near 1 (Polar Express, arXiv:2505.16932; the figures are those of modded-nanogpt).

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.process import UserError, caught_signal, reason, shared_store
+from engine.parallel import is_sharded
+from engine.process import UserError, caught_signal, reason, shared_store, user_error
 
 # Dense peaks in TFLOP/s, from data sheets: 16-bit, then float32 (as TF32 from Ampere on).
 PEAKS = {
@@ -93,20 +94,22 @@ def start_runtime(device, dtype, compile, backend="gloo", timeout=600, lenient=(
     device, why_device = choose_device(device, "device" in lenient)
     dtype, why_dtype = choose_dtype(dtype, device, "dtype" in lenient)
     compile, why_compile = choose_compile(compile, device)
+    if device.type not in ("cpu", "mps"):
+        torch.accelerator.set_device_index(device)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    if world_size > 1:  # gloo also on GPUs, for the numbers that only the hosts share
-        backend = f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else "gloo"
+    if world_size > 1:
+        backend = choose_backend(device, backend)
         limit = timedelta(seconds=timeout)
         dist.init_process_group(backend, None, limit, world_size, rank, shared_store(timeout))
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    get_name = getattr(torch.get_device_module(device), "get_device_name", None)
+    name = get_name(device) if get_name else device.type
     precision = str(dtype).removeprefix("torch.")
     about = f"{world_size} x {name}{why_device}, {precision} ({why_dtype}), {why_compile}"
     return Runtime(device, dtype, compile, rank, world_size, name, about)
 
 
-CANNOT = RuntimeError, AssertionError, NotImplementedError  # what torch raises for a device
+CANNOT = RuntimeError, AssertionError, NotImplementedError, ImportError  # of torch, for a device
 
 
 def choose_device(name, fall_back=False):
@@ -123,16 +126,15 @@ def choose_device(name, fall_back=False):
         if not fall_back:
             raise UserError(f"{why}; try --device=auto")
         return choose_device("auto")[0], f" ({why})"
-    if torch.cuda.is_available():
-        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if processes > gpus:
-            why = f"{processes} processes for {gpus} GPUs; lower --nproc_per_node"
-            return torch.device("cpu"), f" ({why})"
-        name = "cuda"
-    elif torch.backends.mps.is_available() and int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        name = "mps"
-    else:
+    if not torch.accelerator.is_available():
         return torch.device("cpu"), ""
+    name = torch.accelerator.current_accelerator().type
+    if name == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        return torch.device("cpu"), ""
+    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
+    if processes > gpus:
+        why = f"{processes} processes for {gpus} GPUs; lower --nproc_per_node"
+        return torch.device("cpu"), f" ({why})"
     try:
         return open_device(name), ""
     except CANNOT as fault:
@@ -141,7 +143,9 @@ def choose_device(name, fall_back=False):
 
 def open_device(name):
     """Return the torch.device called `name` after a first use of it; each process has its own."""
-    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name)
+    device = torch.device(name)
+    if device.index is None and device.type not in ("cpu", "mps", "meta"):
+        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
     torch.zeros(1, device=device).item()  # "meta" has no values
     return device
 
@@ -155,9 +159,22 @@ def choose_dtype(name, device, fall_back=False):
     if device.type == "cuda":  # is_bf16_supported() is also true where it is emulated, slowly
         real = torch.cuda.get_device_capability(device) >= (8, 0)
         return (torch.bfloat16, "the GPU's own") if real else (torch.float16, "no bfloat16 here")
+    supports = getattr(torch.get_device_module(device), "is_bf16_supported", None)
+    if supports and supports():
+        return torch.bfloat16, "the device's own"
     # On a CPU with AVX512-BF16 but no AMX, matmuls in bfloat16 took 1.75 times those in float32.
     amx = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
     return (torch.bfloat16, "AMX") if amx else (torch.float32, "no fast bfloat16 here")
+
+
+def choose_backend(device, backend):
+    """Return the backend of the process group: `backend` on CUDA, else PyTorch's for the device."""
+    if device.type in ("cpu", "mps"):
+        return "gloo"
+    if device.type != "cuda":
+        with user_error(f"device={device.type} on several processes", ValueError):
+            backend = dist.get_default_backend_for_device(device)
+    return f"cpu:gloo,{device.type}:{backend}"  # gloo for the numbers that only the hosts share
 
 
 def choose_compile(setting, device):
@@ -197,55 +214,3 @@ def compile_model(model, runtime, attempt):
         model.zero_grad(set_to_none=True)
         runtime.compile, runtime.about = False, f"{runtime.about}, but that failed"
         runtime.say(f"not compiled, which is slower: {why or 'another rank failed'}")
-
-
-# --- several processes ---------------------------------------------------------------------------
-
-
-def shard(model, blocks, runtime):
-    """Spread the parameters of `model` over all ranks, in place, block by block (FSDP2)."""
-    from torch.distributed.fsdp import fully_shard  # here, because it takes a second to import
-
-    mesh = dist.init_device_mesh(runtime.device.type, (runtime.world_size,))
-    for part in (*blocks, model):
-        fully_shard(part, mesh=mesh)
-
-
-def wrap(model, runtime):
-    """Return `model`, made to average gradients over ranks, as a sharded one does by itself."""
-    if runtime.world_size == 1 or is_sharded(next(model.parameters())):
-        return model
-    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
-
-
-def is_sharded(tensor):
-    return hasattr(tensor, "full_tensor")  # a DTensor
-
-
-def unshard(tensor):
-    """Return the whole of `tensor`. Every rank must call it."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
-
-
-def shard_like(parameter, tensor):
-    """Return this rank's share of `tensor` if `parameter`, of the same shape, is sharded."""
-    if not is_sharded(parameter):
-        return tensor
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(
-        tensor, parameter.device_mesh, parameter.placements, src_data_rank=None
-    )  # every rank has it: nothing is sent
-
-
-def gather_on_rank_0(tree, runtime):
-    """Return `tree`, of dicts and tensors, with sharded tensors whole. Every rank must call it.
-
-    They come to the CPU of rank 0, one by one, and are None elsewhere.
-    """
-    if isinstance(tree, dict):
-        return {key: gather_on_rank_0(value, runtime) for key, value in tree.items()}
-    if not is_sharded(tree):
-        return tree
-    tensor = unshard(tree)
-    return tensor.cpu() if runtime.rank == 0 else None

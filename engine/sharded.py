@@ -30,8 +30,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from engine.disk import beside, os_errors, put, read_file, reading, remove
+from engine.parallel import shard_like
 from engine.process import UserError, atomic, link
-from engine.runtime import shard_like
 
 REST = "rest.pt"
 

@@ -88,6 +88,8 @@ def memory(model, config, number_bytes, world_size=1, cpu=False):
     hidden = sum(p.numel() for p in model.transformer.h.parameters() if p.dim() == 2)
     muons = hidden if config["optimizer"] == "muon" else 0
     share = world_size if config["fsdp"] else 1
+    if config["fsdp"] == "hybrid":
+        share = int(os.environ.get("LOCAL_WORLD_SIZE", world_size))
     block = tokens * C * activation_bytes(shape, number_bytes)
     kept = shape.n_layer * block
     at_once = tokens * C * (20 + 12 * number_bytes)  # gradients within one block

@@ -50,8 +50,8 @@ def peak_memory(runtime):
 
     Not a number where the system does not say: Windows.
     """
-    if runtime.device.type == "cuda":
-        return torch.cuda.max_memory_allocated(runtime.device)
+    if runtime.device.type not in ("cpu", "mps"):
+        return torch.accelerator.max_memory_allocated(runtime.device)
     try:
         import resource
     except ImportError:

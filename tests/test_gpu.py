@@ -82,7 +82,8 @@ import dataclasses
 import torch
 import torch.distributed as dist
 
-from engine.runtime import gather_on_rank_0, shard, start_runtime, unshard, wrap
+from engine.parallel import gather_on_rank_0, shard, unshard, wrap
+from engine.runtime import start_runtime
 from model import GPT, GPTConfig
 
 runtime = start_runtime("cuda", "float32", False)
@@ -90,7 +91,7 @@ dist.init_process_group("cpu:gloo,cuda:nccl")
 alone = GPT(GPTConfig(block_size=16, vocab_size=40, n_layer=2, n_head=2, n_embd=32)).cuda()
 sharded, averaged = copy.deepcopy(alone), copy.deepcopy(alone)
 weights = {name: tensor.cpu() for name, tensor in alone.state_dict().items()}
-shard(sharded, sharded.transformer.h, runtime)
+shard(sharded, sharded.transformer.h, dist.init_device_mesh("cuda", (1,)))
 for name, tensor in gather_on_rank_0(sharded.state_dict(), runtime).items():
     assert torch.equal(tensor, weights[name]), name
 several = dataclasses.replace(runtime, world_size=2)  # else wrap() has nothing to do

@@ -60,20 +60,21 @@ def clear(name):
         ip("netns", "delete", name)
 
 
-def start(machines, run, *options):
-    """Start torchrun on both machines; return its processes. What train.py prints goes to files."""
+def start(machines, run, *options, processes=1):
+    """Start torchrun on both machines; return these two. What train.py prints goes to files."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     env["GLOO_SOCKET_IFNAME"] = "wire"  # else gloo offers the host name's address, 127.0.0.1
-    processes = []
+    started = []
     for rank, name in enumerate(machines):
         command = ["ip", "netns", "exec", name, sys.executable, "-m", "torch.distributed.run"]
-        command += ["--nnodes=2", f"--node_rank={rank}", "--nproc_per_node=1", "--redirects=3"]
+        command += ["--nnodes=2", f"--node_rank={rank}", "--redirects=3"]
+        command += [f"--nproc_per_node={processes}"]
         command += [f"--master_addr={ADDRESSES[0]}", "--master_port=29500"]
         command += [f"--log_dir={run}/{rank}", "train.py"]
         command += [option.replace("RANK", str(rank)) for option in options]
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        processes.append(subprocess.Popen(command, env=env, **quiet))
-    return processes
+        started.append(subprocess.Popen(command, env=env, **quiet))
+    return started
 
 
 def printed(run, rank, stream="stdout"):
@@ -142,6 +143,38 @@ def test_a_cut_link_ends_both_machines_with_a_line_each_and_the_run_resumes_exac
     subprocess.run([*command, "--out_dir=straight"], env=env, check=True, timeout=LONG)
     assert_equal(load("straight/ckpt.pt"), load("out0/ckpt.pt"))
     assert losses("straight") == losses("out0") and len(losses("out0")) == last
+
+
+def test_weights_sharded_within_machines_train_as_one_process_does(machines):
+    """Two processes on each of two machines, one process, and again the four."""
+    options = [*TINY, "--lr_decay_iters=6", "--gradient_accumulation_steps=2"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    alone = [sys.executable, "train.py"]
+    straight = [*alone, *options, "--max_iters=6", "--out_dir=straight"]
+    subprocess.run(straight, env=env, check=True, timeout=LONG)
+    fresh, resume = [*options, "--fsdp=hybrid", "--max_iters=2"], "--init_from=resume"
+    assert statuses(start(machines, "fresh", *fresh, processes=2)) == [0, 0]
+    subprocess.run([*alone, resume, "--max_iters=4"], env=env, check=True, timeout=LONG)
+    assert statuses(start(machines, "on", resume, "--max_iters=6", processes=2)) == [0, 0]
+    assert "hardware: 4 x cpu, " in printed("on", 0)[1]
+    assert losses("out") == pytest.approx(losses("straight"), rel=1e-5)
+    assert_equal(load("straight/ckpt.pt"), load("out/ckpt.pt"), atol=1e-5, rtol=0)
+
+
+def test_a_silent_link_ends_machines_that_share_weights_in_the_time_that_timeout_sets(machines):
+    endless = "--max_iters=1000000", "--lr_decay_iters=1000", f"--timeout={TIMEOUT}"
+    options = *TINY, *endless, "--eval_interval=1000000", "--gradient_accumulation_steps=2"
+    processes = start(machines, "silent", *options, "--fsdp=hybrid", processes=2)
+    limit = time.monotonic() + LONG
+    while steps("silent") < 5:
+        fine = time.monotonic() < limit and not any(p.poll() for p in processes)
+        assert fine, [printed("silent", rank, "stderr") for rank in (0, 1)]
+        time.sleep(0.05)
+    lose_packets(machines)
+    assert statuses(processes, within=BOUND) == [1, 1]
+    for rank in (0, 1):
+        lines = printed("silent", rank, "stderr")
+        assert lines and all(LOST in line and line.endswith(GO_ON) for line in lines)
 
 
 def test_a_mistake_that_one_rank_makes_is_told_by_it(machines, tiny):

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY, assert_equal, load, log, losses, workers
 
 import train
-from engine import runtime
+from engine import parallel, runtime
 from engine.process import UserError
 
 slow = pytest.mark.slow
@@ -57,12 +57,18 @@ def test_the_peak_of_a_gpu_is_found_by_its_name(name, dtype, tera):
     assert unknown.peak_flops() is None
 
 
+def accelerator(monkeypatch, kind, count):
+    """Let PyTorch say that this machine has `count` devices of a kind."""
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device(kind))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: count)
+
+
 def test_a_gpu_that_cannot_be_used_leaves_the_cpu_and_its_reason(monkeypatch):
     def broken(name):
         raise RuntimeError("CUDA error: no kernel image for it. And much more\nin lines")
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    accelerator(monkeypatch, "cuda", 1)
     monkeypatch.setattr(runtime, "open_device", broken)
     why = "cuda cannot be used: RuntimeError: CUDA error: no kernel image for it"
     assert runtime.choose_device("auto") == (torch.device("cpu"), f" ({why})")
@@ -74,11 +80,49 @@ def test_a_gpu_that_cannot_be_used_leaves_the_cpu_and_its_reason(monkeypatch):
 
 
 def test_more_processes_than_gpus_compute_on_the_cpu(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    accelerator(monkeypatch, "cuda", 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     why = " (4 processes for 2 GPUs; lower --nproc_per_node)"
     assert runtime.choose_device("auto") == (torch.device("cpu"), why)
+
+
+@pytest.mark.parametrize("kind", ["xpu", "mtia", "privateuseone"])
+def test_an_accelerator_that_this_pytorch_cannot_open_leaves_the_cpu_and_its_reason(
+    monkeypatch, kind
+):
+    accelerator(monkeypatch, kind, 1)
+    found = runtime.start_runtime("auto", "auto", "auto")
+    assert found.device == torch.device("cpu") and "\n" not in found.about
+    assert found.about.startswith(f"1 x cpu ({kind} cannot be used: ")
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch):
+    """A fake one: only a tensor would show that it is not there."""
+    monkeypatch.setattr(torch, "zeros", lambda size, device: torch.ones(size))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    for kind in ("cuda", "xpu"):
+        accelerator(monkeypatch, kind, 4)
+        assert runtime.choose_device("auto") == (torch.device(kind, 3), "")
+    assert runtime.choose_device("xpu:1") == (torch.device("xpu", 1), "")
+    accelerator(monkeypatch, "mps", 1)
+    assert runtime.choose_device("auto") == (torch.device("cpu"), "")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert runtime.choose_device("auto") == (torch.device("mps"), "")
+
+
+@pytest.mark.parametrize("has, dtype", [(True, torch.bfloat16), (False, torch.float32)])
+def test_an_xpu_computes_in_bfloat16_where_it_can(monkeypatch, has, dtype):
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda: has)
+    assert runtime.choose_dtype("auto", torch.device("xpu", 0))[0] == dtype
+
+
+def test_the_backend_of_a_device_is_pytorchs_and_on_cuda_the_setting():
+    kinds = {"cpu": "gloo", "mps": "gloo", "cuda": "cpu:gloo,cuda:x", "xpu": "cpu:gloo,xpu:xccl"}
+    for kind, backend in kinds.items():
+        assert runtime.choose_backend(torch.device(kind), "x") == backend
+    with pytest.raises(UserError, match="^device=mtia on several processes: Default backend not"):
+        runtime.choose_backend(torch.device("mtia"), "x")
 
 
 def test_a_compiler_that_fails_is_done_without_and_one_line_says_so(launch, tiny, monkeypatch):
@@ -169,6 +213,104 @@ def test_a_sharded_run_resumes_exactly(finish, tiny):
     finish("--init_from=resume", "--max_iters=8", processes=2)
     assert_equal(load("straight/ckpt.pt"), load("out/ckpt.pt"))
     assert losses("straight") == losses("out")
+
+
+SHARES = """
+import os
+
+import torch
+
+from engine.parallel import gather_on_rank_0, make_mesh, make_model
+from engine.runtime import start_runtime
+from model import GPT, GPTConfig
+
+runtime = start_runtime("cpu", "float32", False)
+os.environ["LOCAL_WORLD_SIZE"] = "2"
+recipe = {"position": "rotary", "rms_norm": True, "tied": False, "bias": False}
+for changes in ({}, recipe, {"position": "alibi", "n_embd": 12}):
+    shape = GPTConfig(16, 21, 2, 2, **{"n_embd": 32, **changes})
+    torch.manual_seed(7)
+    whole = GPT(shape).state_dict()
+    for fsdp in (True, "hybrid"):
+        mesh = make_mesh(fsdp, 60, runtime)
+        for weights in (None, whole):
+            model = make_model(GPT, shape, weights, 7, runtime.device, mesh)
+            for name, tensor in model.named_parameters():
+                rows = -(-len(tensor) // mesh.size(-1))  # of a rank, rounded up
+                held = tensor.to_local().untyped_storage().nbytes()
+                assert held <= 4 * rows * tensor[0].numel(), name
+            tied = model.lm_head.weight is model.transformer.wte.weight
+            assert tied == shape.tied
+            found = gather_on_rank_0(model.state_dict(), runtime)
+            assert found.keys() == whole.keys()
+            for name in found if runtime.rank == 0 else ():
+                assert torch.equal(found[name], whole[name]), name
+"""
+
+
+@slow
+def test_the_weights_of_a_sharded_model_are_those_of_one_process_and_held_in_shares(finish, tiny):
+    (tiny / "shares.py").write_text(SHARES)
+    finish(processes=4, script="shares.py")
+
+
+def test_what_cannot_be_kept_in_shares_is_told(monkeypatch):
+    """A parameter that is changed in place after nn.init has filled it."""
+
+    class Scaled(torch.nn.Linear):
+        def __init__(self, shape):
+            super().__init__(2, 2)
+            self.weight.data.mul_(3)
+
+    monkeypatch.setattr(parallel, "share", lambda tensor, mesh: tensor)
+    with pytest.raises(AssertionError, match="aten.mul_"):
+        parallel.draw_shares(Scaled, None, None)
+
+
+# Two machines of two processes: what torchrun would say there.
+MACHINES = """
+import os
+
+os.environ["LOCAL_WORLD_SIZE"] = "2"
+import train
+from configurator import configure
+
+train.main(configure(vars(train)))
+"""
+
+
+@slow
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_shards_within_machines_and_copies_over_them_equal_one_process(
+    launch, finish, tiny, optimizer
+):
+    (tiny / "machines.py").write_text(MACHINES)
+    options = [*TINY, f"--optimizer={optimizer}", "--lr_decay_iters=6", "--health_interval=1"]
+    options += ["--gradient_accumulation_steps=2", "--bias=True"]
+    launch(train, *options, "--max_iters=6", "--out_dir=one")
+    finish(*options, "--fsdp=hybrid", "--max_iters=2", processes=4, script="machines.py")
+    finish("--init_from=resume", "--max_iters=4")
+    finish("--init_from=resume", "--max_iters=6", processes=4, script="machines.py")
+    assert losses("one") == pytest.approx(losses("out"), rel=1e-5)
+    assert_equal(load("one/ckpt.pt"), load("out/ckpt.pt"), atol=1e-4, rtol=0)
+    norms = [[e[k] for e in log(d) for k in e if "norm/" in k] for d in ("one", "out")]
+    assert len(norms[0]) > 0 and norms[0] == pytest.approx(norms[1], rel=1e-3, abs=1e-6)
+
+
+@slow
+def test_machines_of_unequal_size_are_told_so(finish, tiny):
+    unequal = MACHINES.replace('"2"', 'str(1 + int(os.environ["RANK"]))')
+    (tiny / "machines.py").write_text(unequal)
+    options = *TINY, "--fsdp=hybrid", "--gradient_accumulation_steps=2"
+    err = finish(*options, processes=2, script="machines.py", status=1)
+    need = "as many processes on each machine, not 1 to 2; give each the same --nproc_per_node"
+    line = f"fsdp=hybrid needs {need}"
+    assert errors(err) in ([f"error: {line}"], [f"error: rank 1: {line}"])
+
+
+def test_another_word_for_sharding_gets_the_known_ones(launch, tiny):
+    with pytest.raises(SystemExit, match="error: fsdp=full: choose True, False or hybrid"):
+        launch(train, *TINY, "--fsdp=full")
 
 
 @slow
