@@ -108,3 +108,19 @@ def missing_parts(saved):
     lacks = [key for key, kind in needed.items() if not isinstance(saved.get(key), kind)]
     lacks += [key for key, kind in optional.items() if not isinstance(saved.get(key, {}), kind)]
     return lacks
+
+
+def check_files(path, table):
+    """Raise OSError unless the folder `path` has the files in `table`, as long as they were.
+
+    The table is that of engine/sharded.py.
+    """
+    ends = {}
+    for _, _, pieces in table.values():
+        for _, _, (file, offset, length) in pieces:
+            ends[file] = max(ends.get(file, 0), offset + length)
+    for file, end in ends.items():
+        if os.path.basename(file) != file or not (path / file).is_file():
+            raise OSError(f"{file} is not in it; all machines must share out_dir")
+        if os.path.getsize(path / file) != end:
+            raise OSError(f"{file} in it was cut short")

@@ -12,7 +12,7 @@ To import this module takes more than a second: that is left to where a folder i
 
 import io
 import math
-import os
+import shutil
 import uuid
 import warnings
 import zipfile
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from engine.disk import beside, os_errors, put, read_file, reading, remove
+from engine.disk import beside, check_files, os_errors, put, read_file, reading, remove
 from engine.parallel import shard_like
 from engine.process import UserError, atomic, link
 
@@ -48,13 +48,18 @@ def save_folder(path, content, runtime):
     new = beside(path, "new")
     # Its files may be links to those of another folder, so they must not be written over.
     on_rank_0(runtime, remove, new)
-    with plain_errors():
-        metadata = dcp.save(
-            named_tensors(content),
-            storage_writer=Writer(new, overwrite=False),
-            planner=dcp.DefaultSavePlanner(False, False),  # nothing is nested in there
-        )
-    on_rank_0(runtime, finish, new, path, content, plain_table(metadata))
+    writer = Writer(new, overwrite=False)
+    try:
+        with plain_errors():
+            dcp.save(
+                named_tensors(content),
+                storage_writer=writer,
+                planner=dcp.DefaultSavePlanner(False, False),  # nothing is nested in there
+            )
+        on_rank_0(runtime, finish, writer, path, content)
+    except OSError:
+        shutil.rmtree(new, ignore_errors=True)  # so that a full disk has room again
+        raise
 
 
 def link_folder(source, path, runtime):
@@ -83,15 +88,15 @@ def on_rank_0(runtime, act, *arguments):
         raise fault or OSError("rank 0 could not write")
 
 
-def finish(new, path, content, table):
-    """Add to the folder `new`, whose tensors are written, what is no tensor; call it `path`."""
-    check_files(new, table)  # the folder of another machine may be another
+def finish(writer, path, content):
+    """Add what is no tensor to the folder whose tensors `writer` has written; call it `path`."""
+    check_files(writer.path, writer.table)  # the folder of another machine may be another
     rest = {key: value for key, value in content.items() if key not in ("model", "optimizer")}
     rest["optimizer"] = {"param_groups": content["optimizer"]["param_groups"]}
-    rest["shards"] = {"id": uuid.uuid4().hex, "table": table}
-    with atomic(new / REST) as file:
+    rest["shards"] = {"id": uuid.uuid4().hex, "table": writer.table}
+    with atomic(writer.path / REST) as file:
         torch.save(rest, file)
-    put(new, path)
+    put(writer.path, path)
 
 
 def named_tensors(content):
@@ -121,32 +126,39 @@ def plain_errors():
 
 
 class Writer(dcp.FileSystemWriter):
+    """Writes the pieces of a rank; on rank 0 it then has a table of all."""
+
     def write_data(self, plan, planner):
         with os_errors():
             return super().write_data(plan, planner)
+
+    def finish(self, metadata, results):
+        super().finish(metadata, results)
+        places = {piece.index: piece.storage_data for rank in results for piece in rank}
+        self.table = plain_table(metadata.state_dict_metadata, places)
 
 
 # --- the table of the pieces ---------------------------------------------------------------------
 
 
-def plain_table(metadata):
-    """Return PyTorch's table as {name: (dtype, shape, pieces)}, of plain data.
+def plain_table(tensors, places):
+    """Return PyTorch's tables as one, {name: (dtype, shape, pieces)}, of plain data.
 
     A piece is (its offsets in the tensor, its shape, where it lies: file, offset and length).
     """
     table = {}
-    for name, tensor in metadata.state_dict_metadata.items():
-        places = [metadata.storage_data[MetadataIndex(name, c.offsets)] for c in tensor.chunks]
-        pieces = [
-            (tuple(chunk.offsets), tuple(chunk.sizes), (at.relative_path, at.offset, at.length))
-            for chunk, at in zip(tensor.chunks, places, strict=True)
-        ]
+    for name, tensor in tensors.items():
+        pieces = []
+        for chunk in tensor.chunks:
+            place = places[MetadataIndex(name, chunk.offsets)]
+            where = place.relative_path, place.offset, place.length
+            pieces.append((tuple(chunk.offsets), tuple(chunk.sizes), where))
         table[name] = tensor.properties.dtype, tuple(tensor.size), pieces
     return table
 
 
 def pytorch_table(table):
-    """Return the Metadata of which plain_table() makes `table`."""
+    """Return `table`, of plain_table(), as PyTorch's Metadata."""
     tensors, places = {}, {}
     for name, (dtype, shape, pieces) in table.items():
         chunks = [ChunkStorageMetadata(torch.Size(o), torch.Size(s)) for o, s, _ in pieces]
@@ -157,19 +169,6 @@ def pytorch_table(table):
                 relative_path=file, offset=offset, length=length, transform_descriptors=None
             )
     return Metadata(tensors, storage_data=places)
-
-
-def check_files(path, table):
-    """Raise OSError unless the folder `path` has the files in `table`, as long as they were."""
-    ends = {}
-    for _, _, pieces in table.values():
-        for _, _, (file, offset, length) in pieces:
-            ends[file] = max(ends.get(file, 0), offset + length)
-    for file, end in ends.items():
-        if os.path.basename(file) != file or not (path / file).is_file():
-            raise OSError(f"{file} is not in it; all machines must share out_dir")
-        if os.path.getsize(path / file) != end:
-            raise OSError(f"{file} in it was cut short")
 
 
 # --- reading -------------------------------------------------------------------------------------

@@ -200,6 +200,7 @@ def test_a_folder_without_room_keeps_the_older_and_is_tried_again(
 ):
     def make_room():
         assert load_folder("out")["iter_num"] == 2
+        assert files("out") == ["best.dcp", "ckpt.dcp", "log.jsonl"]
         file_limit(None)
 
     at_step(monkeypatch, {3: lambda: file_limit(100_000), 4: make_room})
