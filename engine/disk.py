@@ -45,6 +45,8 @@ def remove(path):
 
 def recover(path):
     """Put right what a kill left of the folder `path`. Only the owner of the run may call it."""
+    if ".dcp" not in path.name:  # a ckpt.pt.old is somebody's own
+        return
     remove(beside(path, "new"))
     old = beside(path, "old")
     if path.exists():

@@ -91,6 +91,15 @@ def test_the_older_of_two_renames_is_resumed_from(launch, tiny, monkeypatch):
     assert {"ckpt.dcp", "log.jsonl"} <= set(files("out")) <= {"best.dcp", "ckpt.dcp", "log.jsonl"}
 
 
+def test_other_peoples_files_stay_beside_a_folder(launch, tiny):
+    launch(train, *SHARDED, "--max_iters=1")
+    names = "ckpt.pt.old", "best.pt.new", "log.jsonl.old", "my.dcp.old"
+    for name in names:
+        Path("out", name).write_text("mine")
+    launch(train, "--init_from=resume", "--max_iters=2")
+    assert [Path("out", name).read_text() for name in names] == ["mine"] * 4
+
+
 def test_the_best_and_the_newest_share_their_files_while_they_are_one_state(launch, tiny):
     launch(train, *SHARDED, "--max_iters=1")
     for name in files("out/ckpt.dcp"):
