@@ -9,6 +9,7 @@ are read as one sequence: `cat train_*.bin > train.bin` gives the same tokens.
 import hashlib
 import mmap
 import pickle
+import re
 from bisect import bisect_left, bisect_right
 from contextlib import ExitStack, suppress
 from itertools import accumulate
@@ -39,6 +40,8 @@ def write_dataset(folder, meta, **splits):
     if meta == GPT2:
         (folder / "meta.pkl").unlink(missing_ok=True)  # an earlier dataset's
     for path in (folder / f"{split}.bin" for split in splits):
+        for older in numbered(path):
+            older.unlink()
         print(f"{path}: {path.stat().st_size // id_dtype(meta).itemsize:,} tokens")
 
 
@@ -67,15 +70,20 @@ def files_of(path):
 
     Raises UserError where both are there, or a number is missing.
     """
-    stem, found = path.stem, set(path.parent.glob(f"{path.stem}_*.bin"))
-    found = {each for each in found if each.stem.removeprefix(f"{stem}_").isdecimal()}
-    numbered = [path.with_name(f"{stem}_{number:04}.bin") for number in range(len(found))]
-    for each in numbered:
+    found = numbered(path)
+    expected = [path.with_name(f"{path.stem}_{number:04}.bin") for number in range(len(found))]
+    for each in expected:
         if each not in found:
             raise UserError(f"{path.parent} lacks {each.name} but has a later one; copy it again")
     if found and path.exists():
-        raise UserError(f"{path.parent} has {path.name} and {stem}_0000.bin; remove one of them")
-    return numbered or [path]
+        raise UserError(f"{path.parent} has {path.name} and {expected[0].name}; remove one of them")
+    return expected or [path]
+
+
+def numbered(path):
+    """Return the files beside `path` that are called like it, with an underscore and a number."""
+    name = re.compile(rf"{path.stem}_\d+\.bin")
+    return [each for each in path.parent.glob("*.bin") if name.fullmatch(each.name)]
 
 
 def map_file(path):

@@ -201,6 +201,15 @@ def test_any_text_is_read_in_small_pieces_that_change_no_token(
         assert [i for part in parts for i in encode(part)] == encode(SHAPES[shape])
 
 
+def test_a_long_line_without_spaces_is_cut_somewhere(tmp_path, monkeypatch):
+    script = importlib.import_module("data.text.prepare")
+    monkeypatch.setattr(script, "tokenizer", "bytes")
+    text = "." * 2**21 + " and words " * 500
+    (tmp_path / "own.txt").write_text(text)
+    parts = [text for text, _ in script.pieces([tmp_path / "own.txt"])]
+    assert "".join(parts) == text and max(map(len, parts)) <= 2**19
+
+
 def test_characters_need_no_place_to_cut(tmp_path, monkeypatch):
     script = importlib.import_module("data.text.prepare")
     monkeypatch.setattr(script, "PIECE", 1000)

@@ -162,11 +162,12 @@ def test_an_id_beyond_the_vocabulary_is_found_in_any_file(tmp_path):
         (["train_0000", "train_0002"], "lacks train_0001.bin but has a later one; copy it again"),
         (["train_0001"], "lacks train_0000.bin but has a later one; copy it again"),
         (["train_0000", "train_1"], "lacks train_0001.bin but has a later one; copy it again"),
-        (["train", "train_0000"], "has train.bin and train_0000.bin; remove one of them"),
+        (["train_0000", "train"], "has train.bin and train_0000.bin; remove one of them"),
     ],
 )
 def test_a_gap_among_the_files_and_two_of_a_kind_get_a_line(tmp_path, names, line):
-    write_dataset(tmp_path, META, **{name: [[1] * 9] for name in names})
+    for name in names:
+        (tmp_path / f"{name}.bin").write_bytes(bytes(18))
     with pytest.raises(UserError, match=f"^{tmp_path} {line}$"):
         TokenFile(tmp_path / "train.bin", META, 4)
 
@@ -214,3 +215,13 @@ def test_an_unreachable_tokenizer_names_the_cache(monkeypatch):
     monkeypatch.setattr(tiktoken, "get_encoding", unreachable)
     with pytest.raises(ValueError, match="no tokenizer gpt2: no network; offline, set TIKTOKEN_CA"):
         BPETokenizer(GPT2)
+
+
+def test_a_dataset_of_one_file_takes_the_place_of_one_of_many(tmp_path):
+    write_dataset(tmp_path, META, train=[range(9)], val=[range(3)])
+    for number in range(2):
+        (tmp_path / f"train_{number:04}.bin").write_bytes((tmp_path / "train.bin").read_bytes())
+    (tmp_path / "train_old.bin").touch()
+    write_dataset(tmp_path, META, train=[range(5)], val=[range(3)])
+    names = sorted(path.name for path in tmp_path.iterdir())
+    assert names == ["meta.pkl", "train.bin", "train_old.bin", "val.bin"]

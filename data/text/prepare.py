@@ -7,8 +7,8 @@
 
 Characters suit a small model trained from scratch; gpt2 suits finetuning and gigabytes. bpe:8192
 makes byte pairs for this text, 8,192 tokens, and stores them in the dataset; bytes needs no file of
-anyone's, and no character is unknown to it. Text may be larger than memory, unless it has no spaces
-and the tokens are gpt2's or byte pairs. Its end, a tenth, is for validation.
+anyone's, and no character is unknown to it. Text may be larger than memory. Its end, a tenth, is
+for validation. Documents in .parquet or .jsonl files: data/fineweb/prepare.py.
 """
 
 import re
@@ -29,7 +29,7 @@ tokenizer = "char"        # char, bytes, bpe:SIZE, gpt2, or another of tiktoken'
 val_fraction = 0.1        # share of the characters, at the end, that validates
 
 DATA = Path(__file__).resolve().parents[1]
-PIECE = 2**20  # characters read at once
+PIECE = 2**18  # characters read at once; tiktoken overflows its stack at a million blanks
 
 
 def pieces(paths):
@@ -45,9 +45,10 @@ def pieces(paths):
             while text := file.read(PIECE):
                 rest += text
                 ends = [match.end() for match in cut.finditer(rest, max(0, len(rest) - 1000))]
-                if ends:  # else the piece grows
-                    yield rest[: ends[-1]], False
-                    rest = rest[ends[-1] :]
+                if ends or len(rest) >= 2**19:  # else the piece grows
+                    end = ends[-1] if ends else len(rest)
+                    yield rest[:end], False
+                    rest = rest[end:]
         yield rest, True
 
 
