@@ -403,3 +403,29 @@ def test_a_sharded_run_crops_its_context_on_resume_from_a_folder(launch, finish,
     finish(*shorter, "--fsdp=True", processes=2)
     assert load_folder("out")["model"]["transformer.wpe.weight"].shape == (8, 32)
     assert_equal(load_folder("one"), load_folder("out"), atol=1e-5, rtol=0)
+
+
+HYBRID = """
+import os
+import train
+from configurator import configure
+
+os.environ["LOCAL_WORLD_SIZE"] = "2"  # as on two machines of two processes
+train.main(configure(vars(train)))
+"""
+
+
+@slow
+def test_shards_with_copies_on_other_machines_are_written_once_and_resumed(launch, finish, tiny):
+    (tiny / "hybrid.py").write_text(HYBRID)
+    hybrid = {"processes": 4, "script": "hybrid.py"}
+    options = [*TINY, "--lr_decay_iters=10", "--gradient_accumulation_steps=4"]
+    launch(train, *options, "--max_iters=10", "--out_dir=straight")
+    finish(*options, "--sharded_save=True", "--max_iters=4", "--fsdp=hybrid", **hybrid)
+    size = sum(path.stat().st_size for path in Path("out/ckpt.dcp").glob("*.distcp"))
+    assert size < 1.5 * Path("straight/ckpt.pt").stat().st_size
+    finish("--init_from=resume", "--max_iters=6", "--fsdp=True", processes=2)
+    finish("--init_from=resume", "--max_iters=8", "--fsdp=hybrid", **hybrid)
+    launch(train, "--init_from=resume", "--max_iters=10", "--fsdp=False")
+    assert losses("out") == pytest.approx(losses("straight"), rel=1e-6)
+    assert_equal(load("straight/ckpt.pt"), load_folder("out"), atol=1e-5, rtol=0)
