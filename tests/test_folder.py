@@ -139,6 +139,7 @@ train.main(configure(vars(train)))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nohup", [False, True])
 def test_a_run_whose_terminal_goes_saves_and_under_nohup_goes_on(start, tiny, nohup):
     import fcntl
