@@ -354,7 +354,7 @@ def main(config):
                 log.evaluation(step, losses)
                 is_saved = keeper.save(state, step, losses)
             stopped = stopped or runtime.stop_requested()  # while it evaluated
-        if done or stopped or keeper.out_of_patience(step):
+        if done or stopped or keeper.gave_up:
             break
 
         loss, grad_norm = train_step(model, state, batches, step, runtime)

@@ -67,7 +67,10 @@ class Batches(StepSizes):
         self.pool, self.ahead = ThreadPoolExecutor(max_workers=1), {}  # ahead: step -> future
 
     def __call__(self, step):
-        """Return this rank's micro-batches of `step`, each (<= batch_size, block_size + 1) ids."""
+        """Return this rank's micro-batches of `step`, each (<= batch_size, block_size + 1) ids.
+
+        While the number of sequences grows, one of them may have a sequence more.
+        """
         if step not in self.ahead:
             self.ahead[step] = self.pool.submit(self.draw, step)
         future = self.ahead[step]

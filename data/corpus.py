@@ -15,7 +15,8 @@ from fsspec.implementations.local import LocalFileSystem
 from data.tokenizer import CUT
 from engine.process import UserError, import_extra, reason, user_path
 
-PART = 2**28  # bytes of text in a part, unless a row group or a document alone has more
+# Bytes in a part, of parquet those of all columns; more where a row group or a document has more.
+PART = 2**28
 ROWS = 1000  # documents of a parquet file in memory at once
 PIECE = 2**18  # characters encoded at once; tiktoken overflows its stack at a million spaces
 KINDS = ".parquet", ".jsonl", ".txt"

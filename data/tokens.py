@@ -82,7 +82,7 @@ def files_of(path):
 
 def numbered(path):
     """Return the files beside `path` that are called like it, with an underscore and a number."""
-    name = re.compile(rf"{path.stem}_\d+\.bin")
+    name = re.compile(rf"{re.escape(path.stem)}_\d+\.bin")
     return [each for each in path.parent.glob("*.bin") if name.fullmatch(each.name)]
 
 

@@ -8,9 +8,9 @@ from typing import Literal, get_args, get_origin
 import torch
 
 from engine.disk import missing_parts, read_file, reading
-from engine.health import LossWatch
+from engine.health import LossWatch, read_watch, steps_of
 from engine.parallel import gather_on_rank_0, shard_like
-from engine.process import UserError, check_writable, reason, user_error, user_path
+from engine.process import UserError, check_writable, reason, user_path
 
 NANOGPTS = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"
 # engine/folder.py says which is when, engine/sharded.py what .dcp is, engine/disk.py what .dcp.old.
@@ -58,18 +58,12 @@ def find_checkpoint(folder, name=None, newest=False, whole=True):
     if not paths:
         raise UserError(f"no ckpt.pt in {folder}; name the folder of a run with --out_dir")
     found = map(read_checkpoint, paths if newest else paths[:1])
-    saved = max(found, key=lambda saved: (read_watch(saved).skipped, saved["iter_num"]))
+    saved = max(found, key=steps_of)
     if whole and "shards" in saved:
         from engine.sharded import read_tensors
 
         return read_tensors(saved)
     return saved
-
-
-def read_watch(saved):
-    """Return the LossWatch of a checkpoint, a new one where it has none."""
-    with user_error("the checkpoint's watch over the loss", TypeError, ValueError):
-        return LossWatch(**saved.get("watch", {}))
 
 
 def checkpoint_to_resume(config):
@@ -221,6 +215,8 @@ class State:
             self.scaler.load_state_dict(saved["scaler"])
         self.step, self.wandb_id = saved["iter_num"], saved.get("wandb_id")
         self.watch = read_watch(saved)
+        if saved.get("data", self.data) != self.data:  # of which other losses are to be expected
+            self.watch = LossWatch(rollbacks=self.watch.rollbacks, skipped=self.watch.skipped)
 
     def collect(self, step, best_val_loss, config, runtime):
         """Return the content of a checkpoint: whole on rank 0, or with sharded_save as it lies.

@@ -39,6 +39,8 @@ def remove(path):
         path.unlink(missing_ok=True)
         return
     garbage = path if path.suffix == ".new" else beside(path, "new")
+    if garbage != path:
+        shutil.rmtree(garbage, ignore_errors=True)  # of a removal that did not end
     os.replace(path, garbage)
     shutil.rmtree(garbage)
 

@@ -8,8 +8,6 @@ With sharded_save they are folders of the same names, ckpt.dcp and so on.
 """
 
 import math
-import os
-import shutil
 import time
 from contextlib import suppress
 
@@ -17,9 +15,11 @@ import torch
 
 from engine.checkpoint import NAMES, read_checkpoint
 from engine.disk import existing, os_errors, recover, remove
+from engine.health import steps_of
 from engine.lock import lock
 from engine.log import Log
 from engine.parallel import unshard
+from engine.previous import set_aside, steps_in
 from engine.process import UserError, atomic, catch_signals, link, user_error, user_path
 
 
@@ -42,39 +42,6 @@ def claim(folder, runtime):
         raise UserError(fault) if fault else SystemExit(1)
 
 
-def steps_in(folder):
-    """Return the steps of the newest whole checkpoint in `folder`, -1 where there is none."""
-    steps = [-1]
-    for name in NAMES:
-        with suppress(UserError):
-            steps.append(read_checkpoint(folder / name)["iter_num"])
-    return max(steps)
-
-
-def set_aside(folder, runtime):
-    """Move what an older run left in `folder` to its `previous`, in place of a run kept there.
-
-    The longer of the two is kept, so that false starts do not cost a good run. Rank 0 acts.
-    """
-    if runtime.rank > 0:
-        return
-    old = [folder / name for name in (*NAMES, "log.jsonl") if (folder / name).exists()]
-    aside, previous = folder / "previous.new", folder / "previous"
-    only_a_log = [path.name for path in old] == ["log.jsonl"]  # nothing was ever saved
-    if (not old or only_a_log) and not aside.exists():  # it is there after a kill right here
-        return
-    aside.mkdir(exist_ok=True)
-    for path in old:
-        os.replace(path, aside / path.name)
-    if steps_in(aside) < steps_in(previous):
-        shutil.rmtree(aside)
-        runtime.say(f"deleted the older run in {folder}: {previous} keeps a longer one")
-        return
-    shutil.rmtree(previous, ignore_errors=True)
-    aside.rename(previous)
-    runtime.say(f"moved the older run in {folder} to {previous}")
-
-
 class Keeper:
     """Keeps the newest and the best state of one run in `folder`."""
 
@@ -82,23 +49,26 @@ class Keeper:
         self.folder, self.config, self.runtime = folder, config, runtime
         always_save = config["always_save_checkpoint"]
         self.newest, self.best = ("ckpt.pt", "best.pt") if always_save else ("last.pt", "ckpt.pt")
-        self.step, self.saved_at = None, time.monotonic()  # of the newest file
+        self.step, self.tried_at = None, time.monotonic()  # of the newest file; the last save
         self.best_step, self.best_val_loss = 0, math.inf  # of the best
+        self.is_behind = False  # the newest file is of a run that this one does not go on with
+        self.gave_up = False  # patience is at its end
 
-    def resume(self, step, newest=True):
-        """Go on from `step` with what is in the folder, under the names it has there.
+    def resume(self, steps, newest=True):
+        """Go on from `steps` with what is in the folder, under the names it has there.
 
         Where always_save_checkpoint has changed since, the names stay: both states are kept anyway.
-        Raises UserError if `step` was read as the `newest` and another run has saved since.
+        Raises UserError if they were read as the `newest` and another run has saved since.
         """
-        if newest and steps_in(self.folder) != step:
+        if newest and steps_in(self.folder) != steps:
             raise UserError(f"another run has just saved to {self.folder}; start this one again")
+        step, self.is_behind = steps[1], not newest
         if existing(self.folder / "last.pt").exists():
             self.newest, self.best = "last.pt", "ckpt.pt"
         elif existing(self.folder / "best.pt").exists():
             self.newest, self.best = "ckpt.pt", "best.pt"
         self.step, path = step, existing(self.folder / self.best)
-        best_step, best_val_loss = 0, math.inf
+        best_step, best_val_loss = step, math.inf
         if self.runtime.rank == 0 and path.exists():
             saved = read_checkpoint(path)
             # By itself a ckpt.pt may be a newest state, whose best model was not kept.
@@ -107,7 +77,7 @@ class Keeper:
                 best_val_loss = float(saved.get("best_val_loss", math.inf))
                 best_step = saved["iter_num"]
         self.best_val_loss = self.runtime.reduce("min", best_val_loss)
-        self.best_step = int(self.runtime.reduce("max", best_step))
+        self.best_step = int(self.runtime.reduce("min", best_step))
 
     def save(self, state, step, losses):
         """Write the state of `step` where it is new or the best; return whether that worked.
@@ -123,7 +93,10 @@ class Keeper:
         names, val_loss = [], losses.get("val", math.inf)
         if val_loss < self.best_val_loss:
             names.append(self.best)
-        if step != self.step:
+        elif losses and self.config["patience"]:
+            patience = self.config["patience"] * self.config["eval_interval"]  # in steps
+            self.gave_up = self.best_step + patience <= step < self.config["max_iters"]
+        if self.is_behind or step != self.step:
             names.append(self.newest)
         if self.config["eval_only"] or not names:
             return True
@@ -136,21 +109,17 @@ class Keeper:
         self.best_val_loss = self.runtime.reduce("min", self.best_val_loss)
         if self.best in names and self.best_val_loss == val_loss:
             self.best_step = step
+        self.tried_at = time.monotonic()
         if saved:
-            self.step, self.saved_at = step, time.monotonic()
+            self.step, self.is_behind = step, False
         return bool(saved)
 
     def is_due(self):
-        """Return whether save_interval has passed since the last save. Every rank must call it."""
+        """Return whether save_interval is over since the last save. Every rank must call it."""
         minutes = self.config["save_interval"]
         if not minutes:
             return False
-        return bool(self.runtime.reduce("max", time.monotonic() - self.saved_at >= 60 * minutes))
-
-    def out_of_patience(self, step):
-        """Return whether the best model is `patience` evaluations older than `step`."""
-        patience = self.config["patience"] * self.config["eval_interval"]  # in steps
-        return bool(patience) and step - self.best_step >= patience
+        return bool(self.runtime.reduce("max", time.monotonic() - self.tried_at >= 60 * minutes))
 
     def write(self, names, content):
         """Write a checkpoint under each of `names`; return False, once it is said, if one fails.
@@ -164,14 +133,15 @@ class Keeper:
             try:
                 with os_errors():
                     self.put(path, first, content)
-                    if self.runtime.rank == 0:
-                        remove(path.with_suffix(other))  # of before the setting changed
             except OSError as why:
                 step = content["iter_num"]
                 self.runtime.say(f"step {step} is not saved: {why}; {self.what_is_kept()}")
                 return False
             if name == self.best:
                 self.best_val_loss = content["best_val_loss"]
+            with suppress(OSError):
+                if self.runtime.rank == 0:
+                    remove(path.with_suffix(other))  # of before the setting changed
         return True
 
     def put(self, path, first, content):
@@ -213,7 +183,7 @@ def take_folder(saved, state, config, runtime):
     if config["wandb_log"]:
         state.wandb_id = log.open_wandb(folder, state.wandb_id, config)
     if saved:
-        keeper.resume(saved["iter_num"], newest=config["checkpoint_file"] is None)
+        keeper.resume(steps_of(saved), newest=config["checkpoint_file"] is None)
     else:
         set_aside(folder, runtime)
     log.open(folder / "log.jsonl", state.step, config)

@@ -8,7 +8,7 @@ import torch
 
 from engine.layers import Layers
 from engine.parallel import shard_like
-from engine.process import UserError
+from engine.process import UserError, user_error
 
 CHECKED = 10  # steps between two looks at what the device has noted, each of which waits for it
 WINDOW = 50  # losses whose median is watched: more than half of them must be high
@@ -51,7 +51,7 @@ class BadSteps:
 class LossWatch:
     """Notices a loss that rises and stays up, though each is finite; a bad batch or two do not.
 
-    A rise is one of the median of WINDOW losses, by RISE nats and by ten of its standard errors
+    A rise is one of the median of WINDOW losses, by RISE nats and by ten standard errors of a mean
     above the lowest that it ever was. What is known stands in plain fields, which a checkpoint
     keeps, so that a resumed run decides as one that never stopped.
     """
@@ -69,7 +69,7 @@ class LossWatch:
     def __post_init__(self):
         self.waiting = {}  # step -> loss, on the device
         if not all(isinstance(n, int) for n in (self.calm_step, self.rollbacks, self.skipped)):
-            raise ValueError("its steps are no numbers")
+            raise ValueError("its counts are no whole numbers")
 
     def examine(self, runtime):
         """Take in the losses that wait; return all that is known. Every rank must call it."""
@@ -96,10 +96,21 @@ class LossWatch:
             self.began = min(self.calm_step + 1, first + place_of_rise(self.recent))
 
     def rise(self):
-        """Return a phrase on the rise of the loss that is not told yet, "" where there is none."""
-        if self.began is None or self.is_told:
+        """Return a phrase on the rise of the loss, "" where there is none."""
+        if self.began is None:
             return ""
         return f"from step {self.began} the loss rose, {self.lowest:.4f} to {self.median:.4f}"
+
+
+def read_watch(saved):
+    """Return the LossWatch of a checkpoint, a new one where it has none."""
+    with user_error("the checkpoint's watch over the loss", TypeError, ValueError):
+        return LossWatch(**saved.get("watch", {}))
+
+
+def steps_of(saved):
+    """Return (batches that rollbacks skipped, steps) of a checkpoint: the later, the larger."""
+    return read_watch(saved).skipped, saved["iter_num"]
 
 
 def place_of_rise(losses):
@@ -140,8 +151,10 @@ class Health:
         rise = watch.rise()  # in words
         if not rise:
             return step
-        if not most:
-            self.runtime.say(f"step {step}: {rise}; --rollbacks=3 would undo it")
+        if not most or keeper.best_val_loss == math.inf:
+            advice = "no state is kept to go back to" if most else "--rollbacks=3 would undo it"
+            if not watch.is_told:
+                self.runtime.say(f"step {step}: {rise}; {advice}")
             watch.is_told = True
             return step
         if watch.rollbacks >= most:
@@ -167,9 +180,10 @@ class Health:
             for name, weight in state.model.state_dict().items():
                 saved = best["model"][name][: len(weight)]  # positions may be cropped since
                 weight.copy_(shard_like(weight, saved.to(weight.device)))
-        undone = state.watch
-        state.restore(best, self.config, self.runtime)
+        undone, wandb_id = state.watch, state.wandb_id
+        same_data = {**self.config, "new_data": True}  # the run's, which the best's may not be
+        state.restore(best, same_data, self.runtime)
         state.watch.skipped = undone.skipped + step - state.step
         state.watch.rollbacks = undone.rollbacks + 1
-        keeper.step = None  # of what is newest on the disk, nothing is kept
+        state.wandb_id, keeper.is_behind = wandb_id, True
         keeper.save(state, state.step, {})

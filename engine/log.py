@@ -164,9 +164,16 @@ class Log:
             self.runtime.say(f"step {step} of {of}", end="\r")  # till the next line
 
     def go_back(self, step, why):
-        """Go on from `step`, earlier than the last: its lines from there on are dropped."""
-        if self.path:
-            self.open(self.path, step, self.config)
+        """Go on from `step`, earlier than the last: its lines from there on are dropped.
+
+        Where the disk has no room for that, they stay, and that is said.
+        """
+        self.waiting = [line for line in self.waiting if json.loads(line)["iter"] < step]
+        try:
+            if self.path:
+                self.open(self.path, step, self.config)
+        except UserError as fault:
+            self.runtime.say(f"{fault}; the steps that were undone stay in it")
         self.record({"iter": step, **why})
         self.timer = StepTimer(step, self.runtime)
 
@@ -181,7 +188,7 @@ def finish(stopped, saved, keeper, log):
         go_on = f"go on with --init_from=resume --out_dir={folder}"
         say(f"{signal.Signals(stopped).name}: {keeper.what_is_kept()}; {go_on}")
     elif keeper.best_val_loss < math.inf:
-        if keeper.out_of_patience(keeper.step):
+        if keeper.gave_up:
             say(f"stopped: no better model since step {keeper.best_step}; --patience=0 goes on")
         say(f"best model: {existing(folder / keeper.best)}, val loss {keeper.best_val_loss:.4f}")
     log.write_waiting()

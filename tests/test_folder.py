@@ -472,3 +472,28 @@ def test_saves_between_evaluations_change_nothing_but_the_newest(launch, tiny, m
     assert_equal(load("plain/ckpt.pt"), load("out/ckpt.pt"))
     assert_equal(load("plain/best.pt"), load("out/best.pt"))
     assert losses("plain") == losses("out")
+
+
+def test_patience_is_asked_for_only_where_there_was_an_evaluation(launch, tiny, monkeypatch):
+    evaluates(monkeypatch, 3.0, 3.5, 3.4)
+    at_step(monkeypatch, {6: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+    with pytest.raises(SystemExit):
+        launch(train, *TINY, "--eval_interval=4", "--max_iters=20")
+    at_step(monkeypatch, {})
+    out = launch(train, "--init_from=resume", "--patience=1")
+    assert "stopped: no better model since step 0; --patience=0 goes on" in out
+    assert load("out/ckpt.pt")["iter_num"] == 8
+
+
+def test_patience_that_ends_with_the_run_is_not_told(launch, tiny, monkeypatch):
+    evaluates(monkeypatch, 3.0, 3.5)
+    out = launch(train, *TINY, "--eval_interval=4", "--max_iters=4", "--patience=1")
+    assert "stopped" not in out
+
+
+def test_a_run_that_went_back_to_an_older_file_writes_the_newest_anew(launch, tiny, monkeypatch):
+    evaluates(monkeypatch, 3.0, 2.0, 9.0, 2.0)
+    launch(train, *TINY, "--max_iters=4", "--eval_interval=2", "--lr_decay_iters=9")
+    assert [load(f"out/{name}")["iter_num"] for name in ("ckpt.pt", "best.pt")] == [4, 2]
+    launch(train, "--init_from=resume", "--checkpoint_file=best.pt", "--max_iters=2")
+    assert [load(f"out/{name}")["iter_num"] for name in ("ckpt.pt", "best.pt")] == [2, 2]

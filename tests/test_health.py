@@ -16,7 +16,7 @@ from conftest import TINY, assert_equal, at_step, load, log, losses
 
 import train
 from data.batches import Batches
-from engine import health
+from engine import folder, health
 from engine.health import LossWatch
 
 slow = pytest.mark.slow
@@ -140,6 +140,31 @@ def test_a_rollback_from_a_folder_is_that_from_a_file(launch, tiny, planted):
     launch(train, *RUN, "--rollbacks=2", "--out_dir=folders", "--sharded_save=True")
     assert losses("files") == losses("folders")
     assert len(losses("files")) == 80
+
+
+def test_a_rise_that_was_told_is_undone_by_a_resume_that_asks_for_it(
+    launch, tiny, monkeypatch, planted
+):
+    monkeypatch.setattr(Batches, "draw", plant(Batches.draw, range(44, 60)))
+    assert len(told(launch(train, *RUN, "--max_iters=55"))) == 1
+    [line] = told(launch(train, "--init_from=resume", "--max_iters=80", "--rollbacks=1"))
+    assert line.startswith("step 60: ") and "; rollback 1 of 1, to step 40 and other" in line
+
+
+def test_other_data_are_watched_anew(launch, tiny, planted):
+    launch(train, *RUN, "--max_iters=40")
+    assert load("out/last.pt")["watch"]["lowest"] < math.inf
+    size = os.path.getsize("data/tiny/train.bin") // 4 * 2
+    os.truncate("data/tiny/train.bin", size)
+    launch(train, "--init_from=resume", "--max_iters=42", "--new_data=True")
+    assert load("out/last.pt")["watch"]["lowest"] == math.inf
+
+
+def test_without_a_best_model_a_rise_is_only_told(launch, tiny, monkeypatch, planted):
+    monkeypatch.setattr(train, "evaluate", lambda *a: {"train": 1.0, "val": math.inf})
+    monkeypatch.setattr(folder.Keeper, "save", lambda *a: True)
+    [line] = told(launch(train, *RUN, "--rollbacks=1"))
+    assert line.endswith("; no state is kept to go back to")
 
 
 def test_more_rises_than_rollbacks_end_the_run(launch, tiny, monkeypatch, planted):
