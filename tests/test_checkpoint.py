@@ -38,6 +38,7 @@ WAYS = [
 def test_stopping_and_resuming_equals_going_on(launch, tiny, dtype, compiled):
     if compiled and not sys.platform.startswith("linux"):
         pytest.skip("needs a C++ compiler")
+    torch._dynamo.reset()  # past 8 versions of a function, of other tests too, it compiles no more
     options = *FULL, f"--dtype={dtype}", f"--compile={compiled}"
     launch(train, *options, "--max_iters=8", "--out_dir=straight", "--eval_interval=8")
     launch(train, *options, "--max_iters=4", "--out_dir=resumed", "--eval_interval=3")
