@@ -149,8 +149,7 @@ class Log:
         memory = peak_memory(self.runtime)
         self.runtime.say(
             f"iter {step}: loss {loss:.4f}, time {seconds * 1000:.2f}ms, {speed}, "
-            f"norm {grad_norm:.2f}, {seen:,} tokens, {memory / 2**30:.2f} GiB, "
-            f"{left} left"
+            f"norm {grad_norm:.2f}, {seen:,} tokens, {memory / 2**30:.2f} GiB, {left} left"
         )
         entry = {"iter": step, "loss": loss, "grad_norm": grad_norm, "ms": seconds * 1000, "lr": lr}
         entry |= {"tokens": seen, "epoch": seen / self.tokens_per_epoch}
@@ -160,8 +159,8 @@ class Log:
     def progress(self, step):
         """Show on a terminal that a step without a line of its own was made."""
         if sys.stdout.isatty():
-            of = self.config["max_iters"]
-            self.runtime.say(f"step {step} of {of}", end="\r")  # till the next line
+            last = self.config["max_iters"]
+            self.runtime.say(f"step {step} of {last}", end="\r")  # till the next line
 
     def go_back(self, step, why):
         """Go on from `step`, earlier than the last: its lines from there on are dropped.

@@ -33,7 +33,7 @@ def set_aside(folder, runtime):
     aside.mkdir(exist_ok=True)
     for path in old:
         os.replace(path, aside / path.name)
-    if sum(steps_in(aside)) < sum(steps_in(previous)):  # batches
+    if sum(steps_in(aside)) < sum(steps_in(previous)):  # a batch skipped took a step as well
         shutil.rmtree(aside)
         runtime.say(f"deleted the older run in {folder}: {previous} keeps a longer one")
         return
