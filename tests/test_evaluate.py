@@ -22,7 +22,7 @@ def trained(launch, tiny, monkeypatch):
 
 
 def figures(launch, *arguments):
-    launch(evaluate, "--device=cpu", *arguments, "--figures_file=figures.json")
+    launch(evaluate, "--device=cpu", "--dtype=float32", *arguments, "--figures_file=figures.json")
     with open("figures.json", encoding="utf-8") as file:
         return json.load(file)
 
@@ -113,5 +113,5 @@ def test_a_mistake_gets_its_line(launch, trained, tiny, arguments, line):
     (tiny / "short.txt").write_text("1", encoding="utf-8")
     (tiny / "strange.txt").write_text("plus é", encoding="utf-8")
     with pytest.raises(SystemExit) as fault:
-        launch(evaluate, "--device=cpu", *arguments)
+        launch(evaluate, "--device=cpu", "--dtype=float32", *arguments)
     assert str(fault.value).startswith(f"error: {line.replace('{}', str(tiny))}")
