@@ -1,192 +1,151 @@
-"""Settings: config files and --key=value override the top-level globals of a script.
+"""Config files and arguments such as --batch_size=8 override the top-level globals of a script.
 
-A script calls `configure(globals())`. Its settings are the lower-case names assigned before its
-first function, each with a type (its annotation, else that of its default) and a trailing comment,
-which `--help` shows. Its table RANGES bounds numbers: name -> (least, limit), the limit excluded.
-Config files are Python and run, but only settings are taken from them.
+A script ends with `main(configure(globals()))`. Its settings are the lower-case globals with a
+trailing comment before its first function. The type of a setting comes from its annotation or else
+from its default; --help shows the comment. ALLOWED maps names of settings to a list of allowed
+values or to a tuple (minimum, exclusive maximum).
+
+Arguments are read from left to right, and the last one wins. A config file is Python code that
+assigns settings; underscored names, functions and imports in it are helpers.
 """
 
 import ast
 import difflib
 import os
+import re
+import runpy
 import sys
 from collections import namedtuple
-from inspect import ismodule
-from itertools import groupby
-from pathlib import Path
 
-Setting = namedtuple("Setting", "name kinds default comment section")  # kinds: ["int", "None"]
-BARE = object()  # the value of a flag by itself
-defaults = {}  # path of a script -> its globals as they were before the first configure()
+from engine.process import reason
+
+Setting = namedtuple("Setting", "kinds default help")  # kinds: ["int", "None"]; help: its lines
+# An optional heading, then `name: kinds = default  # comment`.
+SETTING = re.compile(r"(?m)^(?:# .*\n)?([a-z]\w*)(?:: (.*?))? = (.*?) *# .*$")
 
 
 class Config(dict):
-    """The settings of a run, name to value; `flags` holds the names typed on the command line.
+    """The settings of a run, name -> value."""
 
-    `settings` and `ranges` say what is allowed.
-    """
+    def __init__(self, settings, allowed):
+        super().__init__({name: setting.default for name, setting in settings.items()})
+        self.settings = settings  # name -> Setting
+        self.allowed = allowed  # name -> [value, ...] or (minimum, exclusive maximum)
+        self.flags = set()  # names given as arguments
+        self.faults = []  # a line for each mistake in an argument or a config file
+
+    def kinds(self, name):
+        return self.settings[name].kinds if name in self.settings else []
+
+    def assign(self, name, value, source=""):
+        """Set `name` to `value`, where 1 is a valid float and 1e4 a valid int; or note a fault."""
+        kinds = self.kinds(name)
+        if "float" in kinds and type(value) is int and abs(value) < 2**63:
+            value = float(value)
+        elif "int" in kinds and type(value) is float and value.is_integer():
+            value = int(value)
+        if not kinds:
+            [closest] = difflib.get_close_matches(str(name), self.settings, n=1, cutoff=0)
+            self.faults.append(
+                f"{source}unknown setting {name!r}, the closest is {closest}; --help lists all"
+            )
+        elif type_name(value) not in kinds:
+            self.faults.append(f"{source}{name} must be {' or '.join(kinds)}, got {value!r:.80}")
+        else:
+            self[name] = value
+
+    def value_faults(self):
+        """Return a line for each value that is not allowed."""
+        faults = []
+        for name, allowed in self.allowed.items():
+            value = self[name]
+            if isinstance(allowed, list):
+                if value not in allowed:
+                    faults.append(f"{name}={value!r:.80}: choose one of {allowed}")
+            elif value is not None and not allowed[0] <= value < allowed[1]:
+                faults.append(
+                    f"{name}={value} must be at least {allowed[0]} and below {allowed[1]}"
+                )
+        return faults
+
+
+def type_name(value):
+    return type(value).__name__.removesuffix("Type")  # NoneType is written None
 
 
 def configure(namespace, *imported):
-    """Return the Config of a script, its settings also written into `namespace`, its globals.
+    """Return the Config of a script and write its values into `namespace`, the script's globals.
 
-    `imported`: globals of further scripts whose settings this one takes too; where both name one,
-    the default of `namespace` holds. The last argument wins. SystemExit has one line per fault.
+    `imported` are the globals of other scripts whose settings this script takes too; its own
+    defaults come first. SystemExit has one line for each mistake.
     """
-    settings, ranges = {}, {}
-    for space in (*imported, namespace):
-        settings |= read_settings(space)
-        ranges |= space.get("RANGES", {})
-    config = Config({name: setting.default for name, setting in settings.items()})
-    config.settings, config.ranges, config.flags = settings, ranges, set()
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process per machine
-    if {"--help", "-h"} & set(sys.argv[1:]):
-        if speaks:
-            print_help(namespace["__doc__"], settings.values())
+    settings = {}
+    allowed = {}
+    for script in (*imported, namespace):
+        settings |= read_settings(script["__file__"])
+        allowed |= script.get("ALLOWED", {})
+    config = Config(settings, allowed)
+    if "--help" in sys.argv or "-h" in sys.argv:
+        print(namespace["__doc__"], *(setting.help for setting in settings.values()), sep="\n")
         raise SystemExit
-    faults = read_arguments(sys.argv[1:], namespace, config) or range_faults(config)
-    if faults:
-        raise SystemExit("\n".join(f"error: {fault}" for fault in faults) if speaks else 1)
-    for space in (namespace, *imported):
-        space |= {name: value for name, value in config.items() if name in space}
+    read_arguments(config, sys.argv[1:], os.path.dirname(namespace["__file__"]))
+    if faults := config.faults or config.value_faults():
+        raise SystemExit("error: " + "\nerror: ".join(faults))
+    for script in (namespace, *imported):
+        script.update({name: config[name] for name in config if name in script})
     return config
 
 
-def read_arguments(arguments, namespace, config):
-    """Set in `config` what the arguments say, from left to right; return a line per fault."""
-    arguments, faults = list(arguments), []
-    while arguments:
-        argument, given, text, place = arguments.pop(0), {}, None, ""
-        if argument.startswith("-"):
-            name, equals, text = argument.removeprefix("--").partition("=")
-            if not equals:  # --key value, or --eval_only by itself
-                text = arguments.pop(0) if arguments and not arguments[0].startswith("--") else None
-            given = {name: BARE if text is None else parse(text)}
-            config.flags.add(name)
-        else:
-            place = f"{argument}: "
-            try:
-                given = read_file(argument, namespace, config)
-            except ValueError as fault:
-                faults.append(str(fault))
-        for name, value in given.items():
-            try:
-                config[name] = convert(name, config.settings, value, text)
-            except ValueError as fault:
-                faults.append(f"{place}{fault}")
-    return faults
-
-
-def range_faults(config):
-    """Return a line for each number that is out of its range."""
-    return [
-        f"{name}={config[name]} must be "
-        + (f"at least {least}" if config[name] < least else f"below {limit}")
-        for name, (least, limit) in config.ranges.items()
-        if config[name] is not None and not least <= config[name] < limit
-    ]
-
-
-def take_over(config, saved, keep):
-    """Turn `config` into that of a resumed run; return lines on what this command changes.
-
-    Settings come from the dict `saved`, but for this command's flags and the names in `keep`.
-    Raises ValueError where `saved` holds something of another type.
-    """
-    lines = []
-    for name, setting in config.settings.items():
-        now = config[name]
-        then = convert(name, config.settings, saved.get(name, now), None)
-        if name not in keep and now != then:
-            if name in config.flags:
-                lines.append(f"{name}: {then} -> {now}")
-            else:
-                config[name] = then
-                if now != setting.default:
-                    lines.append(f"{name}: stays {then}; only --{name}={now} changes it")
-    return lines
-
-
-def read_settings(namespace):
-    """Return {name: Setting} for a script with these globals, in the order of its source."""
-    values = defaults.setdefault(namespace["__file__"], dict(namespace))
-    lines = Path(namespace["__file__"]).read_text(encoding="utf-8").splitlines()
-    settings, section = {}, ""
-    for node in ast.parse("\n".join(lines)).body:
-        if isinstance(node, ast.FunctionDef | ast.ClassDef):
-            break
-        name = getattr(getattr(node, "target", None) or getattr(node, "targets", [0])[0], "id", "")
-        if not name.islower() or name.startswith("_"):
-            continue
-        comment = lines[node.end_lineno - 1][node.end_col_offset :].partition("#")[2].strip()
-        if lines[node.lineno - 2].startswith("#"):
-            section = lines[node.lineno - 2].strip("#- ")
-        annotation = getattr(node, "annotation", None) or ast.Name(type(values[name]).__name__)
-        kinds = ast.unparse(annotation).split(" | ")
-        settings[name] = Setting(name, kinds, values[name], comment, section)
+def read_settings(path):
+    """Return {name: Setting} of the script at `path`, in the order of its source."""
+    settings = {}
+    with open(path, encoding="utf-8") as file:
+        top = file.read().partition("\ndef ")[0]
+    for match in SETTING.finditer(top):
+        name, kinds, default = match.groups()
+        default = eval(default)
+        kinds = (kinds or type_name(default)).split(" | ")
+        settings[name] = Setting(kinds, default, match[0])
     return settings
 
 
-def parse(text):
-    """Return the Python value that `text` denotes, or `text` itself."""
+def read_arguments(config, arguments, folder):
+    """Set in `config` what the arguments say. `folder` is that of the script."""
+    words = iter(arguments)
+    for word in words:
+        if not word.startswith("--"):
+            read_file(config, word, folder)
+            continue
+        name, equals, text = word[2:].partition("=")
+        if not equals:
+            text = "True" if "bool" in config.kinds(name) else next(words, "")
+        config.flags.add(name)
+        config.assign(name, parse(text, config.kinds(name)))
+
+
+def parse(text, kinds):
+    """Return the value of the argument `text` for a setting of these kinds."""
     try:
-        return ast.literal_eval(text.title() if text in ("true", "false", "none") else text)
+        value = ast.literal_eval(text.title() if text in ("true", "false", "none") else text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
+    if isinstance(value, str) or ("str" in kinds and type_name(value) not in kinds):
+        return text  # as it was typed
+    return value
 
 
-def convert(name, settings, value, text):
-    """Return `value` in a type of the setting `name`: 1 is a fine float, 1e4 a fine int.
-
-    `text` is what was typed, if it was a flag: a string is taken as typed, quotes included.
-    ValueError says what is allowed, or gives the closest known name.
-    """
-    if name not in settings:
-        close = difflib.get_close_matches(name.replace("-", "_"), settings, n=1)
-        raise ValueError(
-            f"unknown setting {name!r}: "
-            + (f"did you mean {close[0]}?" if close else "--help lists them all")
-        )
-    kinds = settings[name].kinds
-    if value is BARE and "bool" not in kinds:
-        raise ValueError(f"--{name} needs a value")
-    value = True if value is BARE else value
-    kind = type(value).__name__.removesuffix("Type")  # NoneType is written None
-    if kind in ("int", "float") and not abs(value) <= sys.float_info.max:
-        kind = "nan or infinite"
-    if kind in kinds and (kind != "str" or text is None):
-        return value
-    for other, number in (("int", float), ("float", int)):
-        if kind == other and number.__name__ in kinds and number(value) == value:
-            return number(value)
-    if "str" in kinds and text is not None:
-        return text
-    shown = " ".join(repr(value).split())[:80]
-    raise ValueError(f"{name} must be {' or '.join(kinds)}, got {shown}")
-
-
-def read_file(name, namespace, config):
-    """Return what a config file assigns; it is looked for here, then beside the script.
-
-    It sees the settings as they stand. Underscored names, imports and functions are helpers.
-    """
-    path = Path(name if os.path.isfile(name) else Path(namespace["__file__"]).parent / name)
+def read_file(config, name, folder):
+    """Run the config file `name`, found here or in `folder`, and assign its settings."""
+    path = name if os.path.isfile(name) else os.path.join(folder, name)
     if not os.path.isfile(path):
-        raise ValueError(f"no config file {name!r}; a setting is given as --key=value")
-    scope = dict(config)
+        config.faults.append(f"no config file {name!r}; a setting is given as --key=value")
+        return
     try:
-        exec(compile(path.read_bytes(), path.name, "exec"), scope)
-        # What it assigned: a new name, or another object than before.
-        given = {k: v for k, v in scope.items() if config.get(k, scope) is not v}
-        return {k: v for k, v in given.items() if not (k[0] == "_" or callable(v) or ismodule(v))}
+        scope = runpy.run_path(path, dict(config))  # a config file may read settings
     except BaseException as fault:  # exit() and Ctrl-C too
-        raise ValueError(" ".join(f"{name}: {type(fault).__name__}: {fault}".split())) from None
-
-
-def print_help(docstring, settings):
-    """Print a script's docstring and its settings under their section headings."""
-    print(docstring.strip())
-    for section, group in groupby(settings, key=lambda setting: setting.section):
-        print(f"\n{section}")
-        for setting in group:
-            print(f"  --{setting.name}={setting.default!r}".ljust(38), setting.comment)
+        config.faults.append(f"{name}: {reason(fault)}")
+        return
+    for key, value in scope.items():
+        is_helper = str(key).startswith("_") or hasattr(value, "__name__")  # a function or a module
+        if not is_helper and (key not in config or config[key] != value):
+            config.assign(key, value, f"{name}: ")

@@ -1,147 +1,136 @@
-"""Draw text from a trained model, or from GPT-2.
+"""Generate text with a trained model or with GPT-2.
 
     python sample.py --out_dir=out-shakespeare-char --start=FILE:prompt.txt --temperature=0
     python sample.py --init_from=gpt2-xl --start="What is the answer to life?" --num_samples=5
     python sample.py --out_dir=out-shakespeare-char --prompts=prompts.txt --out=samples.jsonl
-    python sample.py --out_dir=out-shakespeare-char --interactive=True
+    python sample.py --out_dir=out-shakespeare-char --interactive --num_samples=1
 """
 
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before PyTorch loads OpenMP: docs/speed.md
+
+import json
+from contextlib import suppress
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 
 from configurator import configure
-from data.tokenizer import GPT2, check_fits, make_tokenizer, read_meta
-from engine.checkpoint import find_checkpoint, model_config
-from engine.fast import use_fast_parts
-from engine.process import UserError, one_line_errors, user_path
-from engine.runtime import compile_model, start_runtime
-from engine.text import Sample, check_file, read_prompts, save_samples, typed_prompts
+from data.tokenizer import make_tokenizer, read_meta
+from engine.checkpoint import find_checkpoint
+from engine.process import atomic, one_line_errors, user_error, user_path
+from engine.runtime import start_runtime
 from model import GPT, GPTConfig
 
 # Model
 init_from = "resume"            # resume: the checkpoint in out_dir; or gpt2, gpt2-xl, a folder
-out_dir = "out"                 # folder of the checkpoint, which is all that is needed
-checkpoint_file: str | None = None  # such as best.pt or last.pt; None: ckpt.pt
+out_dir = "out"                 # folder of the checkpoint; nothing else is needed
+checkpoint_file: str | None = None  # a file in out_dir; None: best.pt if there is one, else ckpt.pt
 # Text
-start = "\n"                    # the prompt, or FILE:PATH; empty: end-of-text, or a newline
-prompts = ""                    # instead, a file with a prompt in each line that is not blank
-interactive = False             # instead, prompts that are typed, with one sample of each
-num_samples = 10                # of each prompt; a single one appears as it is drawn
-batch_size = 64                 # samples drawn side by side at most
+start = "\n"                    # the prompt, or FILE:PATH; empty: end-of-text, or a line break
+prompts = ""                    # instead, a file with one prompt in each line
+interactive = False             # instead, prompts that you type
+num_samples = 10                # samples of each prompt; a single one is shown while it grows
 max_new_tokens = 500            # length of each
-end_of_text = True              # end a sample at the end-of-text token, where there is one
-stop = ""                       # end a sample before this text, such as "ROMEO:"
-out = ""                        # file for the samples too; .jsonl: a line of JSON for each
+stop = ""                       # end a sample before this text, as it ends before end-of-text
+out = ""                        # also write the samples to this file, a JSON object in each line
 # Choice of tokens
-temperature = 0.8               # below 1 more predictable, above 1 more random; 0 the likeliest
-top_k: int | None = 200         # choose among the k likeliest; 0 or None: all
-top_p: float | None = None      # choose among the likeliest that reach p together; None: all
-seed = 1337                     # sample k of a seed is the same however many are drawn
+temperature = 0.8               # below 1 more predictable, above 1 more random; 0: the most likely
+top_k: int | None = 200         # choose among the k most likely tokens; 0 or None: all
+top_p: float | None = None      # choose among the fewest that sum to probability p; None: all
+seed = 1337                     # sample number k of a seed does not depend on how many are drawn
 # System
-fast_parts = True               # compute with engine/fast.py; False: as PyTorch does
 device = "auto"                 # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                  # auto, float32, bfloat16, float16
-compile: bool | str = "auto"    # True: torch.compile; auto: off, it takes longer than most samples
+compile = False                 # torch.compile; takes longer than most samples
 
-RANGES = {  # setting -> the least, and what it must stay below
+ALLOWED = {  # setting -> (minimum, exclusive maximum)
     "num_samples": (1, 2**31),
-    "batch_size": (1, 2**31),
     "max_new_tokens": (1, 2**31),
     "temperature": (0, float("inf")),
     "top_k": (0, float("inf")),
     "top_p": (0, 1.01),
-    "seed": (0, float("inf")),
+    "seed": (0, 2**39),
 }
 ROOT = Path(__file__).resolve().parent
 
 
-def load(init_from, out_dir, checkpoint_file, device):
-    """Return the model that these settings name, its tokenizer, and the dataset of its training.
-
-    That is "" where it is not known.
-    """
-    if init_from != "resume":
-        meta = read_meta(user_path(init_from))  # GPT-2's, unless a folder has its own
-        return (
-            GPT.from_pretrained(init_from, device=device),
-            make_tokenizer(meta),
-            "openwebtext" if meta == GPT2 else "",
-        )
-    saved = find_checkpoint(user_path(out_dir), checkpoint_file)
-    dataset = str(saved["config"].get("dataset"))  # all that nanoGPT's files name
-    meta = saved.get("tokenizer") or read_meta(ROOT / "data" / dataset)
-    return (
-        GPT.from_state(model_config(GPTConfig, saved), saved["model"], device),
-        make_tokenizer(meta),
-        dataset,
-    )
+def load_model(config, device):
+    """Return the model of the settings on `device`, its tokenizer, and its dataset if known."""
+    dataset = ""
+    if config["init_from"] == "resume":
+        saved = find_checkpoint(user_path(config["out_dir"]), config["checkpoint_file"])
+        model = GPT.from_state(GPTConfig(**saved["model_args"]), saved["model"])
+        dataset = str(saved["config"].get("dataset", ""))
+        meta = saved.get("tokenizer") or read_meta(ROOT / "data" / dataset)  # nanoGPT saves none
+    else:
+        model = GPT.from_pretrained(config["init_from"])
+        meta = read_meta(user_path(config["init_from"]))  # GPT-2's, unless a folder has another
+    return model.eval().to(device), make_tokenizer(meta), dataset
 
 
-def check_settings(config):
-    """Raise UserError where settings exclude one another, or `out` cannot be written."""
-    if [start != "\n", prompts != "", interactive].count(True) > 1:
-        raise UserError("--start, --prompts and --interactive exclude one another; give one")
-    if interactive and (out or "num_samples" in config.flags):
-        raise UserError("--interactive prints a sample per line; leave out --num_samples and --out")
-    if out:
-        check_file(user_path(out), "out")
+def read_prompts():
+    """Yield the prompts, as text. UserError if a file is not UTF-8 text."""
+    problem = "cannot read the prompt as UTF-8 text"
+    with suppress(EOFError), user_error(problem, OSError, UnicodeError):
+        while interactive:
+            yield input("> ")  # Ctrl-D raises EOFError
+        if prompts:
+            yield from filter(str.strip, user_path(prompts).read_text("utf-8-sig").splitlines())
+        elif start.startswith("FILE:"):
+            yield user_path(start[5:]).read_text("utf-8")
+        else:
+            yield start
 
 
-def make_sample(prompt, number, tokenizer):
-    """Return a sample with nothing drawn yet. Its number chooses what will be."""
-    return Sample(prompt, number, max_new_tokens, tokenizer.eot if end_of_text else None, stop)
+def cut(ids, tokenizer):
+    """Return the text of a sample up to `stop` or end-of-text, and whether it has ended there."""
+    text = tokenizer.decode_bytes(ids).decode("utf-8", "replace")
+    ends = [text.index(end) for end in ("<|endoftext|>", stop) if end and end in text]
+    return text[: min(ends, default=len(text))], bool(ends)
 
 
-def draw(samples, model, tokenizer, runtime):
-    """Let the samples grow side by side, each to its end, and print them."""
-    rows = [torch.tensor(sample.prompt.ids) for sample in samples]
-    idx = pad_sequence(rows, batch_first=True, padding_value=-1).to(runtime.device)
-    generators = [  # each seed has 2**24 numbers of its own, below 2**63
-        torch.Generator().manual_seed(seed % 2**39 * 2**24 + sample.number) for sample in samples
-    ]
-    with runtime.autocast():
-        stream = model.stream(
-            idx, max_new_tokens, temperature, top_k, top_p,
-            vocab_size=tokenizer.vocab_size, generators=generators,
-        )  # fmt: skip
-        for place, drawn in enumerate(stream, min(map(len, rows))):
-            for sample, [token] in zip(samples, drawn.tolist(), strict=True):
-                sample.add(place, token, tokenizer.decode_bytes([token]))
-            if len(samples) == 1:
-                samples[0].show()
-            if all(sample.done for sample in samples):
-                break
-    for sample in samples:
-        sample.show(final=True)
+def generate(prompt, model, tokenizer):
+    """Print num_samples continuations of the prompt, generated together, and return them."""
+    ids = tokenizer.encode(prompt) or [tokenizer.opening]
+    idx = torch.tensor([ids] * num_samples, device=model.lm_head.weight.device)
+    stream = model.stream(
+        idx, max_new_tokens, temperature, top_k, top_p, vocab_size=tokenizer.vocab_size,
+        generators=[torch.Generator().manual_seed(seed * 2**24 + k) for k in range(num_samples)],
+    )  # fmt: skip
+    rows = [[] for _ in range(num_samples)]
+    shown = 0  # characters already printed; only a single sample is shown while it grows
+    for tokens in stream:
+        for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
+            row.append(token)
+        samples = [cut(row, tokenizer) for row in rows]
+        if num_samples == 1:
+            text = prompt + samples[0][0].rstrip("\ufffd")  # half a character
+            end = max(shown, len(text) - len(stop))  # the rest may turn out to be `stop`
+            print(text[shown:end], end="", flush=True)
+            shown = end
+        if all(has_ended for _, has_ended in samples):
+            break
+    for text, _ in samples:
+        print(f"{(prompt + text)[shown:]}\n---------------")
+    return [{"prompt": prompt, "text": text} for text, _ in samples]
 
 
-@one_line_errors
+@one_line_errors("lower --num_samples, which are generated together")
 def main(config):
-    check_settings(config)
-    runtime = start_runtime(device, dtype, False if compile == "auto" else compile)
-    model, tokenizer, _ = load(init_from, out_dir, checkpoint_file, runtime.device)
-    check_fits(tokenizer, model.config.vocab_size)
-    size = model.config.block_size
-    given = [] if interactive else read_prompts(start, prompts, tokenizer, size)
-    samples = [make_sample(prompt, k, tokenizer) for prompt in given for k in range(num_samples)]
-    model.cast_matrices(runtime.dtype)
-    if fast_parts:
-        use_fast_parts(model, runtime.device)
-    rows = max(1, min(batch_size, len(samples)))
-    idx = torch.zeros(rows, 1, dtype=torch.long, device=runtime.device)
-    compile_model(model, runtime, lambda: model.generate(idx, 3))
-    for at in range(0, len(samples), batch_size):
-        draw(samples[at : at + batch_size], model, tokenizer, runtime)
+    runtime = start_runtime(config)
+    model, tokenizer, _ = load_model(config, runtime.device)
+    model.to(runtime.dtype)
+    for block in model.transformer.h if runtime.compile else []:
+        block.compile()
+    samples = []
+    for prompt in read_prompts():
+        samples += generate(prompt, model, tokenizer)
     if out:
-        save_samples(user_path(out), samples)
-    if interactive:
-        for k, prompt in enumerate(typed_prompts(tokenizer, size)):
-            try:
-                draw([make_sample(prompt, k, tokenizer)], model, tokenizer, runtime)
-            except KeyboardInterrupt:  # it ends a sample, and at the prompt the program
-                print()
+        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
+        with user_error(out, OSError), atomic(user_path(out)) as file:
+            file.write("".join(lines).encode())
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # Trains a 10.7M character-level GPT on Tiny Shakespeare: minutes on a GPU. nanoGPT published a best
-# validation loss of 1.4697; the model overfits after that, so only the best is kept as ckpt.pt.
+# validation loss of 1.4697. The model overfits after that; best.pt keeps the best.
 out_dir = "out-shakespeare-char"
 eval_interval = 250
 eval_iters = 10  # all of val and a sixth of train; nanoGPT's 200, all of both, takes 7 % of a run

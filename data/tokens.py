@@ -1,197 +1,116 @@
 """Token files on disk: written, checked, and read in windows.
 
-A dataset is a folder with train.bin and val.bin: raw little-endian uint16 ids, no header (uint32
-where the vocabulary exceeds 65,536), beside the meta.pkl of data/tokenizer.py. nanoGPT reads and
-writes the same files. A split may also be cut into train_0000.bin, train_0001.bin and so on, which
-are read as one sequence: `cat train_*.bin > train.bin` gives the same tokens.
+A dataset is a folder with train.bin and val.bin, which hold little-endian uint16 ids without a
+header (uint32 if the vocabulary exceeds 65,536), and the meta.pkl of data/tokenizer.py. nanoGPT
+reads and writes the same files.
 """
 
 import hashlib
-import mmap
+import os
 import pickle
-import re
-from bisect import bisect_left, bisect_right
-from contextlib import ExitStack, suppress
-from itertools import accumulate
+from contextlib import ExitStack
 
 import numpy as np
 import torch
 
-from data.tokenizer import GPT2, at_hand, bytes_per_id, make_tokenizer, read_meta
+from data.tokenizer import GPT2, read_meta
 from engine.process import UserError, atomic, user_error
-
-SCAN_BYTES = 2**27  # files up to this size are searched whole for ids beyond the vocabulary
-SAMPLE = 2**16  # bytes of each piece of a file that goes into its digest
-
-
-def write_dataset(folder, meta, **splits):
-    """Write a dataset encoded as `meta` says: each split is an iterable of lists of ids.
-
-    The lists go to the disk as they come, and the files get their names when all of them are whole.
-    """
-    with user_error(folder, OSError), ExitStack() as files:
-        folder.mkdir(parents=True, exist_ok=True)
-        if meta != GPT2:
-            pickle.dump(meta, files.enter_context(atomic(folder / "meta.pkl")))
-        for split, lists in splits.items():
-            file = files.enter_context(atomic(folder / f"{split}.bin"))
-            for ids in lists:
-                file.write(np.asarray(ids, id_dtype(meta)).tobytes())
-    if meta == GPT2:
-        (folder / "meta.pkl").unlink(missing_ok=True)  # an earlier dataset's
-    for path in (folder / f"{split}.bin" for split in splits):
-        for older in numbered(path):
-            older.unlink()
-        print(f"{path}: {path.stat().st_size // id_dtype(meta).itemsize:,} tokens")
 
 
 def id_dtype(meta):
     return np.dtype("<u2" if meta["vocab_size"] <= 65536 else "<u4")
 
 
-def check_vocabulary(dataset, meta, vocab_size):
-    """Raise UserError unless a model of `vocab_size` can be trained on a dataset of this meta."""
-    is_gpt2 = meta == GPT2 and vocab_size >= 50257  # whose files may name the padded size
-    if meta["vocab_size"] != vocab_size and not is_gpt2:
-        raise UserError(
-            f"dataset {dataset} has a vocabulary of {meta['vocab_size']}, the model {vocab_size}; "
-            f"prepare the dataset with the model's tokenizer"
-        )
+def write_dataset(folder, meta, **splits):
+    """Write a dataset: its `meta`, and each split as an iterable of arrays or lists of ids.
+
+    The ids go to the disk as they come. All files are complete before the first gets its name.
+    """
+    dtype = id_dtype(meta)
+    with user_error(folder, OSError), ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        for split, parts in splits.items():
+            path = folder / f"{split}.bin"
+            file = stack.enter_context(atomic(path))
+            for ids in parts:
+                file.write(np.asarray(ids, dtype).tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+            print(f"{path}: {file.tell() // dtype.itemsize:,} tokens")
+        if meta != GPT2:
+            pickle.dump(meta, stack.enter_context(atomic(folder / "meta.pkl")))
+    if meta == GPT2:
+        (folder / "meta.pkl").unlink(missing_ok=True)  # of an earlier dataset
 
 
 def open_dataset(folder, block_size):
-    """Return the two splits of the dataset in `folder`, a dict of TokenFile."""
+    """Return the two splits of the dataset in `folder`, name -> TokenFile."""
     meta = read_meta(folder)
     return {name: TokenFile(folder / f"{name}.bin", meta, block_size) for name in ("train", "val")}
 
 
-def files_of(path):
-    """Return the files of a split: the one at `path`, or those beside it with numbers.
-
-    Raises UserError where both are there, or a number is missing.
-    """
-    found = numbered(path)
-    expected = [path.with_name(f"{path.stem}_{number:04}.bin") for number in range(len(found))]
-    for each in expected:
-        if each not in found:
-            raise UserError(f"{path.parent} lacks {each.name} but has a later one; copy it again")
-    if found and path.exists():
-        raise UserError(f"{path.parent} has {path.name} and {expected[0].name}; remove one of them")
-    return expected or [path]
-
-
-def numbered(path):
-    """Return the files beside `path` that are called like it, with an underscore and a number."""
-    name = re.compile(rf"{re.escape(path.stem)}_\d+\.bin")
-    return [each for each in path.parent.glob("*.bin") if name.fullmatch(each.name)]
-
-
-def map_file(path):
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-class Joined:
-    """Arrays of several files as one sequence: its length, and slices of it, which are arrays."""
-
-    def __init__(self, parts):
-        self.parts = parts
-        *self.begins, self.size = accumulate(map(len, parts), initial=0)
-
-    def __len__(self):
-        return self.size
-
-    def __getitem__(self, where):
-        begin, end, _ = where.indices(self.size)
-        first = bisect_right(self.begins, begin) - 1
-        last = max(first + 1, bisect_left(self.begins, end))
-        parts = zip(self.begins[first:last], self.parts[first:last], strict=True)
-        found = [part[max(0, begin - at) : end - at] for at, part in parts]
-        return found[0] if len(found) == 1 else np.concatenate(found)
+def check_vocabulary(dataset, meta, vocab_size):
+    """Raise UserError unless a model with `vocab_size` tokens can be trained on this dataset."""
+    padded = meta == GPT2 and vocab_size >= 50257  # the padding of 50,304 is never in a file
+    if meta["vocab_size"] != vocab_size and not padded:
+        raise UserError(
+            f"dataset {dataset} has a vocabulary of {meta['vocab_size']}, the model {vocab_size}; "
+            f"prepare the dataset with the tokenizer of the model"
+        )
 
 
 class TokenFile:
-    """The ids of one split, memory-mapped. Raises UserError if they cannot be trained on."""
+    """The ids of one split, read from disk when they are needed.
+
+    UserError if the file is missing, too short for block_size, or has ids beyond the vocabulary.
+    """
 
     def __init__(self, path, meta, block_size):
-        self.meta, dtype, files = meta, id_dtype(meta), files_of(path)
-        self.path = path if files == [path] else path.with_name(f"{path.stem}_*.bin")
-        if not files[0].exists():
-            if (path.parent / "unfinished").exists():
-                raise UserError(f"{path.parent} is half prepared; start its preparation again")
-            own = f"data/text/prepare.py --input=FILE --dataset={path.parent.name}"
-            command = f"{path.parent}/prepare.py" if (path.parent / "prepare.py").exists() else own
-            raise UserError(f"no {path.name} in {path.parent}; make it: python {command}")
-        sizes = [file.stat().st_size for file in files]
-        count = sum(size // dtype.itemsize for size in sizes)
-        rest = sum(size % dtype.itemsize for size in sizes)
-        if rest or count <= block_size:
-            raise UserError(
-                f"{self.path} holds {count} tokens and {rest} bytes; "
-                f"block_size={block_size} needs {block_size + 1} tokens, all of them whole"
-            )
-        self.mappings = [map_file(file) for file, size in zip(files, sizes, strict=True) if size]
-        self.ids = Joined([np.frombuffer(mapping, dtype) for mapping in self.mappings])
-        self.limit(meta["vocab_size"])
+        self.path = path
+        self.meta = meta
+        advice = f"run {path.parent}/prepare.py, or data/text/prepare.py for your own text"
+        with user_error(f"{path} ({advice})", OSError, ValueError):
+            self.file = os.open(path, os.O_RDONLY)  # stays open: the path may get new data
+            self.count = len(self.ids())
+        if self.count <= block_size:
+            raise UserError(f"{path} has {self.count} tokens, too few for block_size={block_size}")
+        self.check(self.ids()[: 2**26])  # the rest is checked when it is read
 
-    def limit(self, vocab_size):
-        """Require every id to be below `vocab_size`: now in a small file, else batch by batch."""
-        self.vocab_size = vocab_size
-        self.large = len(self.ids) * id_dtype(self.meta).itemsize > SCAN_BYTES
-        self.check(self.ids[: 1 if self.large else None])
+    def ids(self):
+        """Return all ids as a new memory map. A map in long use counts as memory of the process."""
+        return np.memmap(open(self.file, "rb", closefd=False), id_dtype(self.meta), mode="r")
 
     def check(self, ids):
-        if ids.max() >= self.vocab_size:
-            raise UserError(f"{self.path} holds id {ids.max()}, the vocabulary {self.vocab_size}")
+        if ids.max() >= self.meta["vocab_size"]:
+            raise UserError(
+                f"{self.path} contains token id {ids.max()}, but the vocabulary has only "
+                f"{self.meta['vocab_size']} tokens"
+            )
 
     def digest(self):
-        """Return the number of tokens and a SHA-256 of 64 pieces, spread evenly, of the bytes.
+        """Return the number of tokens and a SHA-256 of 64 pieces of 64 KiB, spread evenly."""
+        content = self.ids().view(np.uint8)
+        digest = hashlib.sha256()
+        last = max(0, len(content) - 2**16)
+        for begin in last * np.arange(64) // 63:
+            digest.update(content[begin : begin + 2**16])
+        return f"{self.count} tokens, SHA-256 {digest.hexdigest()[:16]}"
 
-        It tells one file from another without reading a large one whole: 4 MiB at most.
-        """
-        content = Joined([np.frombuffer(mapping, "u1") for mapping in self.mappings])
-        found = hashlib.sha256()
-        for index in range(64):
-            begin = (len(content) - SAMPLE) * index // 63
-            found.update(content[max(0, begin) : max(0, begin) + SAMPLE])
-        return f"{len(self.ids)} tokens, SHA-256 {found.hexdigest()[:16]}"
-
-    def bytes_per_token(self):
-        """Return the mean bytes of text that an id stands for, of the first 16M ids.
-
-        None where that is not known: the tokenizer cannot be made, or not without a download.
-        """
-        if not at_hand(self.meta):
-            return None
-        ids = self.ids[: 2**24]
-        self.check(ids)
-        with suppress(UserError):
-            lengths = bytes_per_id(make_tokenizer(self.meta), self.vocab_size)
-            return float(np.array(lengths, np.int32)[ids].mean())
-
-    def evenly_spaced(self, block_size, most):
-        """Return where the windows to evaluate on begin: all that do not overlap, or `most`."""
-        windows = (len(self.ids) - 1) // block_size
-        count = min(windows, most)
+    def evenly_spaced(self, block_size, maximum):
+        """Return the positions of at most `maximum` evaluation windows that do not overlap."""
+        windows = (self.count - 1) // block_size
+        count = min(windows, maximum)
         return np.arange(count) * windows // count * block_size
 
     def windows(self, starts, length):
-        """Return the (len(starts), length) ids that begin at `starts`; for `send`.
-
-        They are as wide as on disk, and signed: torch has few operators for unsigned ones.
-        """
-        if len(self.ids.parts) == 1:  # one gather
-            windows = np.lib.stride_tricks.sliding_window_view(self.ids.parts[0], length)[starts]
-        else:
-            windows = np.stack([self.ids[start : start + length] for start in starts])
+        """Return the ids that begin at `starts` as an int64 tensor (len(starts), length)."""
+        windows = np.lib.stride_tricks.sliding_window_view(self.ids(), length)[starts]
         self.check(windows)
-        if self.large and hasattr(mmap, "MADV_DONTNEED"):  # else all pages count as our memory
-            for mapping in self.mappings:
-                mapping.madvise(mmap.MADV_DONTNEED)
-        return torch.from_numpy(windows.view(f"<i{windows.itemsize}"))
+        return torch.from_numpy(windows.astype(np.int64))
 
 
-def send(ids, device):
-    """Return ids of TokenFile.windows as int64 on `device`. They travel as narrow as on disk."""
-    ids = ids.to(device, non_blocking=ids.is_pinned())  # other memory may be gone too soon
-    return ids.long() & (2 ** (8 * ids.element_size()) - 1)
+def send(windows, device):
+    """Return `windows` on `device`; a GPU copies them while it computes."""
+    if device.type == "cuda":
+        return windows.pin_memory().to(device, non_blocking=True)
+    return windows.to(device)

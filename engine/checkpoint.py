@@ -1,251 +1,336 @@
-"""A checkpoint: the state of a run, put into nanoGPT's ckpt.pt with more keys, and read from it."""
+"""The folder of a run: its lock, its newest and its best state, and how a run resumes from them.
 
-import dataclasses
+    ckpt.pt      the newest state, in nanoGPT's format with more keys
+    best.pt      the state with the lowest validation loss; often a second name of the same file
+    step-100/    with sharded_save: the state after 100 steps, written by all ranks
+    log.jsonl    every figure of the run
+    previous/1   an older run, or states from which this run did not continue; never deleted
+    .lock        locked by the process that trains here
+
+A save writes a temporary file, syncs it and renames it, first to best.pt, then to ckpt.pt. A kill
+at any moment leaves complete states under both names.
+"""
+
+import math
 import os
-from dataclasses import dataclass, field
-from typing import Literal, get_args, get_origin
+import zipfile
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 
 import torch
 
-from engine.disk import missing_parts, read_file, reading
-from engine.health import LossWatch, read_watch, steps_of
-from engine.parallel import gather_on_rank_0, shard_like
-from engine.process import UserError, check_writable, reason, user_path
+from engine.process import UserError, atomic, link, reason, user_error, user_path
+from engine.runtime import gather, shard_like, unshard
+from engine.sharded import load_sharded, save_sharded, step_folders
 
 NANOGPTS = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"
-# engine/folder.py says which is when, engine/sharded.py what .dcp is, engine/disk.py what .dcp.old.
-NAMES = [f"{stem}.{form}" for stem in ("ckpt", "last", "best") for form in ("pt", "dcp", "dcp.old")]
+FIXED = "vocab_size", "n_layer", "n_head", "n_embd", "bias", "position", "rms_norm", "tied"
+HISTORY = "best_val_loss", "best_step", "bad_steps", "wandb_id"
+TEMPORARY = "*.[0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f].tmp"
+# A resumed run takes these settings from its command and all others from the checkpoint.
+OF_THE_COMMAND = {"out_dir", "init_from", "eval_only", "auto_resume", "checkpoint_file", "new_data"}
 
 
 # --- reading -------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path):
-    """Return what the file holds, on the CPU; tensors are read from it when they are first used.
+    """Return the checkpoint in the file or step folder `path`, a dict. Runs no code of it.
 
-    Those of a folder are not read yet: see open_folder(). Weights have nanoGPT's names without the
-    prefix that torch.compile gave them there. Runs no code, whatever the file holds. Raises
-    UserError if it is no checkpoint or damaged.
+    Tensors are read from the file when they are first used. Weights have nanoGPT's names, without
+    the prefix of torch.compile. UserError if it is damaged or no checkpoint.
     """
-    with reading(path):
-        if path.is_dir():
-            from engine.sharded import open_folder  # here, because it takes a second to import
+    file = path / "rest.pt" if path.is_dir() else path
+    with user_error(f"{path} cannot be read as a checkpoint", Exception):
+        if damaged := zipfile.ZipFile(file).testzip():  # 0.35 s per GB; torch.load() ignores it
+            raise UserError(f"{damaged} in it is damaged")
+        saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
+        if "itos" in saved.get("tokenizer", {}):  # DCP's tool turns the ids into text
+            itos = saved["tokenizer"]["itos"].items()
+            saved["tokenizer"]["itos"] = {int(index): character for index, character in itos}
+        if "tokenizer" not in saved:  # nanoGPT wrote it, perhaps on another machine
+            for name in ("device", "dtype", "compile", "backend"):
+                saved["config"].pop(name, None)
+        saved["model"] = {
+            name.removeprefix("_orig_mod."): weight
+            for name, weight in saved["model"].items()
+            if not name.endswith(".attn.bias")  # a causal mask that nanoGPT saved in 2022
+        }
+        saved["model_args"]["gelu_tanh"] = saved.get("gelu_tanh", False)
+    return {**saved, "path": path}
 
-            saved = open_folder(path)
-        else:
-            saved = read_file(path)
-        lacks = missing_parts(saved)
-    if lacks:
-        raise UserError(f"{path} is no checkpoint: it lacks {', '.join(lacks)}")
-    if "tokenizer" not in saved:  # nanoGPT's: it names the machine that wrote it, not a wish
-        for name in ("device", "dtype", "compile", "backend"):
-            saved["config"].pop(name, None)
-    weights = {name.removeprefix("_orig_mod."): w for name, w in saved["model"].items()}
-    mask = ".attn.bias"  # of nanoGPT with PyTorch before 2.0
-    saved["model"] = {name: w for name, w in weights.items() if not name.endswith(mask)}
-    return saved
+
+def find_checkpoint(folder, name=None):
+    """Return the checkpoint `name` in `folder`, by default best.pt or else ckpt.pt."""
+    default = "best.pt" if (folder / "best.pt").exists() else "ckpt.pt"
+    return read_checkpoint(folder / (name or default))
 
 
-def find_checkpoint(folder, name=None, newest=False, whole=True):
-    """Return a checkpoint in `folder`, with its tensors if `whole`; UserError where there is none.
+def states_in(folder):
+    """Return the paths of the states in `folder`, the newest first."""
+    names = "last.pt", "ckpt.pt", "best.pt"  # last.pt: the newest state before December 2026
+    return step_folders(folder) + [folder / name for name in names if (folder / name).exists()]
 
-    The file called `name`; else the `newest`, to go on from; else ckpt.pt, or another where there
-    is none: it stands for the run where that is evaluated or sampled from. After a rollback, which
-    skips batches, steps count anew.
+
+def take_over(config, saved):
+    """Turn `config` into that of a resumed run and return lines on what this command changes.
+
+    Settings come from the checkpoint `saved`, unless a flag of this command sets them.
     """
-    known = [folder / known for known in NAMES if os.path.exists(folder / known)]
-    paths = [folder / name] if name else known
-    if not paths:
-        raise UserError(f"no ckpt.pt in {folder}; name the folder of a run with --out_dir")
-    found = map(read_checkpoint, paths if newest else paths[:1])
-    saved = max(found, key=steps_of)
-    if whole and "shards" in saved:
-        from engine.sharded import read_tensors
-
-        return read_tensors(saved)
-    return saved
-
-
-def checkpoint_to_resume(config):
-    """Return the checkpoint that a run with these settings goes on from, None for a new run."""
-    folder, name = user_path(config["out_dir"]), config["checkpoint_file"]
-    if not config["eval_only"]:
-        check_writable(folder)
-    if config["init_from"] == "auto":
-        raise UserError("init_from=auto: say what to start from, and add --auto_resume=True")
-    begun = any(os.path.exists(folder / known) for known in NAMES)
-    if config["init_from"] != "resume" and not (config["auto_resume"] and begun):
-        return None
-    saved = find_checkpoint(folder, name, newest=not config["eval_only"], whole=False)
-    if "optimizer" not in saved:
-        raise UserError(f"the checkpoint in {folder} holds no optimizer state to resume with")
-    return saved
+    changes = []
+    settings = {
+        "position": "learned", "rms_norm": False, "tied": True,  # nanoGPT saves no such names
+        **saved["config"], **saved["model_args"],
+    }  # fmt: skip
+    for name in settings.keys() & config.keys() - OF_THE_COMMAND:
+        if name not in config.flags:
+            config.assign(name, settings[name])
+        elif config[name] != settings[name]:
+            changes.append(f"{name}: {settings[name]} -> {config[name]}")
+            if name in FIXED:
+                raise UserError(f"the checkpoint has {name}={settings[name]}; leave --{name} out")
+    threads = torch.get_num_threads()
+    if saved.get("threads", threads) != threads:
+        changes.append(f"threads: {saved['threads']} -> {threads}, which changes the last bits")
+    return changes
 
 
-def model_config(config_class, saved, settings=None):
-    """Return the config of the saved model, a `config_class`, with the dropout of `settings`.
+def load_optimizer(optimizer, saved):
+    """Fill `optimizer` with the moments of the checkpoint `saved`; the settings stay ours.
 
-    Raises UserError unless it is of that kind, possible, as `settings` has it, and of as many
-    layers as there are weights for: to build a false million of them would take hours.
+    UserError if the checkpoint has another kind of optimizer, or none.
     """
-    settings = settings or {}
-    fields = {**dataclasses.asdict(config_class()), "gelu_tanh": saved.get("gelu_tanh", False)}
-    fields |= {**saved["model_args"], "dropout": settings.get("dropout", 0.0)}
-    kinds = {field.name: field.type for field in dataclasses.fields(config_class)}
-    possible = all(is_of_kind(value, kinds.get(name)) for name, value in fields.items())
-    possible = possible and all(0 < v < 2**31 for v in fields.values() if type(v) is int)
-    if not possible or fields["n_embd"] % fields["n_head"]:
-        raise UserError(f"the checkpoint is of another kind of model: {saved['model_args']}")
-    layers = sum(name.endswith(".attn.c_attn.weight") for name in saved["model"])
-    if layers != fields["n_layer"]:
-        raise UserError(f"the weights have {layers} layers, the model {fields['n_layer']}")
-    for name in ("n_layer", "n_head", "n_embd", "bias", "position", "rms_norm", "tied"):
-        if settings.get(name, fields[name]) != fields[name]:
-            raise UserError(f"the checkpoint has {name}={fields[name]}; leave --{name} out")
-    return config_class(**fields)
+    with user_error("the checkpoint has no state for this optimizer", LookupError, ValueError):
+        before = saved["optimizer"]
+        # DCP's tool turns the numbers of the parameters into text.
+        state = {int(index): moments for index, moments in before["state"].items()}
+        for ours, theirs in zip(optimizer.param_groups, before["param_groups"], strict=True):
+            for parameter, index in zip(ours["params"], theirs["params"], strict=True):
+                for name, moment in state.get(index, {}).items():
+                    optimizer.state[parameter][name] = fit(moment, parameter)
 
 
-def check_shape(name, shape, settings):
-    """Raise UserError if `settings` ask for another shape than the model called `name` has.
+def fit(moment, parameter):
+    """Return a copy of `moment` on the device and with the sharding of `parameter`.
 
-    That is where they differ from it, and from GPT-2's.
+    Moments of a position table that is shorter now are cut too.
     """
-    for key in ("position", "rms_norm", "tied"):
-        if settings[key] not in (getattr(shape, key), getattr(type(shape), key)):
-            has = f"init_from={name} has {key}={getattr(shape, key)}"
-            raise UserError(f"{has}; leave --{key}={settings[key]} out")
+    if moment.dim() == 0:  # the number of updates
+        return moment.to(parameter.device, copy=True)
+    return shard_like(parameter, moment[: len(parameter)].to(parameter.device, copy=True))
 
 
-def crop(shape, weights, block_size):
-    """Return `shape` with a context of `block_size`, and cut the position table in `weights` to it.
-
-    `weights` may be None. Raises UserError if the context would be longer than it is.
-    """
-    if block_size > shape.block_size:
-        raise UserError(
-            f"block_size={block_size} exceeds the model's {shape.block_size}; "
-            f"lower --block_size"
-        )
-    table = "transformer.wpe.weight"
-    if weights and table in weights:
-        weights[table] = weights[table][:block_size]
-    return dataclasses.replace(shape, block_size=block_size)
-
-
-def is_of_kind(value, kind):
-    """Return whether `value` is of the type `kind`, or one of the words of a Literal."""
-    return value in get_args(kind) if get_origin(kind) is Literal else type(value) is kind
-
-
-def load_optimizer(optimizer, saved, device):
-    """Fill `optimizer` with the moments of `saved`, its state_dict(); the settings stay ours.
-
-    Moments of a position table that was cropped since are cropped too. Raises UserError where
-    they do not fit.
-    """
-    grouped = [(p, group) for group in optimizer.param_groups for p in group["params"]]
-    groups, state = saved.get("param_groups"), saved.get("state")
-    try:
-        for ours, theirs in zip(optimizer.param_groups, groups, strict=True):
-            theirs |= {key: value for key, value in ours.items() if key != "params"}
-        if len(state) not in (0, len(grouped)):
-            raise UserError(f"it has moments of {len(state)} tensors, the model {len(grouped)}")
-        for index, moments in state.items():
-            parameter, group = grouped[index]
-            names = ("momentum_buffer",) if "momentum" in group else ("exp_avg", "exp_avg_sq")
-            for name in names:
-                moment = moments[name][: len(parameter)]
-                if moment.shape != parameter.shape:
-                    shapes = f"{tuple(moment.shape)}, not {tuple(parameter.shape)}"
-                    raise UserError(f"tensor {index} has {name} of shape {shapes}")
-                moments[name] = shard_like(parameter, moment.contiguous()).to(device, copy=True)
-            moments["step"] = moments["step"].clone()  # nothing keeps the file mapped
-        optimizer.load_state_dict(saved)
-    except (LookupError, TypeError, AttributeError, ValueError) as fault:
-        why = reason(fault)
-        raise UserError(f"the checkpoint's optimizer fits another model: {why}") from None
-
-
-# --- writing -------------------------------------------------------------------------------------
+# --- the state of a run --------------------------------------------------------------------------
 
 
 @dataclass
 class State:
-    """All that a run is at a step, beside its settings: what a checkpoint saves and restores."""
+    """Everything that changes in a run: a checkpoint saves and restores it."""
 
-    model: torch.nn.Module  # the bare one: neither compiled nor wrapped names reach the file
+    model: torch.nn.Module  # neither compiled nor wrapped, so that names are nanoGPT's
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     tokenizer: dict  # the dataset's meta, so that sample.py needs no dataset
-    data: dict  # digest of each split, so that a resumed run notices other data
+    data: dict  # the digest of each split
     step: int = 0  # updates made
+    best_val_loss: float = math.inf
+    best_step: int = 0
+    bad_steps: int = 0  # without a finite gradient, in a row
     wandb_id: str | None = None
-    watch: LossWatch = field(default_factory=LossWatch)
 
-    def restore(self, saved, config, runtime):
-        """Take over what the checkpoint `saved` holds beside the weights; None changes nothing.
+    def restore(self, saved, config):
+        """Take over the checkpoint `saved`, except the weights. Return whether the data are new.
 
-        Every rank must call it. Raises UserError if the run would go on with other data than it was
-        trained on, or ranks from different steps.
+        Collective. UserError if the data have changed and no setting allows it.
         """
-        step = saved["iter_num"] if saved else -1  # a new run is at none
-        if runtime.reduce("min", step) != runtime.reduce("max", step):
-            raise UserError("machines resume from different steps: they must share out_dir")
-        if saved is None:
-            return
-        dataset = config["dataset"]
         if saved.get("tokenizer", self.tokenizer) != self.tokenizer:
-            raise UserError(f"dataset {dataset} is encoded unlike the checkpoint's; give another")
-        asked_for = config["new_data"] or dataset != saved["config"].get("dataset")
-        for split, was in saved.get("data", {}).items():
-            if was != self.data[split] and not (asked_for or config["eval_only"]):
-                raise UserError(
-                    f"{split}.bin of dataset {dataset} has changed: it had {was}, and has "
-                    f"{self.data[split]}; --new_data=True goes on with it"
-                )
-        was = saved["config"].get("optimizer", "adamw")  # nanoGPT knows no other
-        if was != config["optimizer"]:
-            raise UserError(f"the checkpoint has optimizer={was}; leave --optimizer out")
-        load_optimizer(self.optimizer, saved["optimizer"], runtime.device)
-        if "shards" in saved:
-            from engine.sharded import load_shares
+            raise UserError(f"{config['dataset']} uses a different tokenizer than the checkpoint")
+        before = saved.get("data", self.data)
+        is_new = before != self.data
+        if is_new and not (config["new_data"] or config["eval_only"]):
+            raise UserError(
+                f"the data have changed from {before} to {self.data}; "
+                f"--new_data=True continues with them"
+            )
+        if saved["path"].is_dir():
+            load_sharded(saved["path"], self.model, self.optimizer)
+        else:
+            load_optimizer(self.optimizer, saved)
+        self.scaler.load_state_dict({**self.scaler.state_dict(), **saved.get("scaler", {})})
+        self.step = saved["iter_num"]
+        self.best_step = self.step
+        for name in HISTORY:
+            setattr(self, name, saved.get(name, getattr(self, name)))
+        return is_new
 
-            load_shares(saved, self.model, self.optimizer, runtime)
-        if saved.get("scaler"):
-            self.scaler.load_state_dict(saved["scaler"])
-        self.step, self.wandb_id = saved["iter_num"], saved.get("wandb_id")
-        self.watch = read_watch(saved)
-        if saved.get("data", self.data) != self.data:  # of which other losses are to be expected
-            self.watch = LossWatch(rollbacks=self.watch.rollbacks, skipped=self.watch.skipped)
-
-    def collect(self, step, best_val_loss, config, runtime):
-        """Return the content of a checkpoint: whole on rank 0, or with sharded_save as it lies.
-
-        Every rank must call it.
-        """
-        weights = self.model.state_dict()
-        if self.model.config.tied:
-            del weights["lm_head.weight"]  # the same as the token table; put together once
-        state = {"model": weights, "optimizer": self.optimizer.state_dict()}
+    def content(self, config, rank):
+        """Return the content of a checkpoint; tensors on rank 0, or sharded. Collective."""
+        shape = vars(self.model.config)
+        gpt2 = vars(type(self.model.config)())
+        arguments = {k: v for k, v in shape.items() if k in NANOGPTS or v != gpt2[k]}
+        tensors = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if not config["sharded_save"]:
-            state = gather_on_rank_0(state, runtime)
-        state["model"].setdefault("lm_head.weight", state["model"]["transformer.wte.weight"])
-        shape, gpt2 = self.model.config, type(self.model.config)()
-        model_args = {  # nanoGPT refuses an argument that it does not know
-            name: value
-            for name, value in dataclasses.asdict(shape).items()
-            if name in NANOGPTS or value != getattr(gpt2, name)
-        }
+            tensors = gather(tensors, rank)
         return {
-            **state,
+            **tensors,
+            **{name: getattr(self, name) for name in HISTORY},
             "scaler": self.scaler.state_dict(),
-            "gelu_tanh": model_args.pop("gelu_tanh", False),  # so a finetuned GPT-2 loads there
-            "model_args": model_args,
-            "iter_num": step,
-            "best_val_loss": best_val_loss,
+            "gelu_tanh": arguments.pop("gelu_tanh", False),  # nanoGPT knows no such argument
+            "model_args": arguments,
+            "iter_num": self.step,
             "config": dict(config),
             "tokenizer": self.tokenizer,
             "data": self.data,
-            "wandb_id": self.wandb_id,
-            "watch": self.watch.examine(runtime),
+            "threads": torch.get_num_threads(),
         }
+
+
+# --- the folder of a run -------------------------------------------------------------------------
+
+
+def lock(folder, advice):
+    """Lock `folder` for this process and return the open lock file; UserError if it is in use.
+
+    The lock ends with the process, or when the file is closed. It has no effect on Windows and on
+    file systems without locks.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    flags = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link could lead to another's file
+    file = os.fdopen(os.open(folder / ".lock", flags, 0o666))
+    try:
+        import fcntl
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(f"{folder} is in use by another process; {advice}") from None
+    except (ImportError, OSError):
+        pass
+    return file
+
+
+class RunFolder(AbstractContextManager):
+    """The folder of a run, locked on rank 0 before anything in it is read."""
+
+    def __init__(self, config):
+        self.path = user_path(config["out_dir"])
+        self.config = config
+        self.states = []  # found here at the start, the newest first
+        self.saved_step = None  # of the newest state here that belongs to this run
+        self.is_branch = False  # the run does not continue from the newest state here
+        self.lock_file = None
+        if os.environ.get("RANK", "0") == "0" and not config["eval_only"]:
+            with user_error(self.path, OSError):
+                self.lock_file = lock(self.path, "wait, or give another --out_dir")
+                for temporary in self.path.glob(TEMPORARY):
+                    temporary.unlink()  # a killed run left it
+
+    def __exit__(self, *_):
+        if self.lock_file:
+            self.lock_file.close()
+
+    def checkpoint_to_resume(self):
+        """Return the checkpoint from which the run continues, None for a new run."""
+        config, name = self.config, self.config["checkpoint_file"]
+        self.states = states_in(self.path)
+        if config["init_from"] != "resume" and not (config["auto_resume"] and self.states):
+            return None
+        if self.states and not config["eval_only"]:
+            name = name or self.states[0].name
+        saved = find_checkpoint(self.path, name)
+        self.is_branch = saved["path"] not in self.states[:1] or name == "last.pt"
+        self.saved_step = saved["iter_num"]
+        return saved
+
+    def set_aside(self, state, is_new, runtime):
+        """Keep the older states here in previous/ if the run does not continue from the newest.
+
+        Files leave their places only after the run has saved its first state, so a kill at any
+        moment loses nothing. Collective. SystemExit if the disk has no room for that state.
+        """
+        is_sharded = self.config["sharded_save"]
+        is_other = is_new or self.is_branch or self.states[0].is_dir() != is_sharded
+        states = self.states if runtime.rank == 0 else []
+        if not runtime.reduce("max", is_other and len(states)):
+            return
+        with user_error(self.path, OSError):
+            if runtime.rank == 0:
+                previous = link_to_previous(self.path, states)
+                runtime.say(f"kept the older run in {previous}")
+            state.best_val_loss = math.inf
+            state.wandb_id = None
+            if not is_sharded and not self.save(state, math.inf, runtime):
+                raise SystemExit(1)
+            for path in states:
+                if path.name != "ckpt.pt" or is_sharded:
+                    path.unlink(missing_ok=True)
+
+    def save(self, state, val_loss, runtime):
+        """Save the newest state, also as the best if `val_loss` is the lowest so far.
+
+        Returns whether that succeeded; if not, it has printed why. Collective. UserError if the
+        loss or a weight is not finite.
+        """
+        norm = unshard(torch.nn.utils.get_total_norm(state.model.parameters()))
+        if math.isnan(val_loss) or not norm.isfinite():
+            raise UserError(
+                f"step {state.step}: the loss or a weight is not finite; "
+                f"resume with a lower --learning_rate"
+            )
+        best = state.best_val_loss, state.best_step
+        is_best = val_loss < state.best_val_loss
+        if is_best:
+            state.best_val_loss, state.best_step = val_loss, state.step
+        content = state.content(self.config, runtime.rank)
+        written = 2
+        if runtime.rank == 0 or self.config["sharded_save"]:
+            written = self.write(content, is_best, runtime)
+        written = runtime.reduce("min", written)
+        if not written:
+            state.best_val_loss, state.best_step = best
+        if written == 2:
+            self.saved_step = state.step
+        return written == 2
+
+    def write(self, content, is_best, runtime):
+        """Write a checkpoint; return 2, or print why not and return 1 for best.pt only, or 0."""
+        written = 0
+        try:
+            own = self.lock_file
+            if own and not os.path.samefile(self.path / ".lock", own.fileno()):
+                raise OSError("it is not the folder in which this run began")
+            if self.config["sharded_save"]:
+                save_sharded(self.path, content)
+                return 2
+            path = self.path / ("best.pt" if is_best else "ckpt.pt")
+            with atomic(path) as file:
+                torch.save(content, file)
+            written = 1
+            if is_best:
+                link(path, self.path / "ckpt.pt")  # last, because a resume continues from it
+            written = 2
+        except (OSError, RuntimeError) as fault:
+            fault = fault.__context__ or fault  # torch.save() hides an OSError behind its own error
+            runtime.say(
+                f"step {content['iter_num']} is not saved: {reason(fault)}; "
+                f"the newest saved step is {self.saved_step}"
+            )
+        return written
+
+
+def link_to_previous(folder, states):
+    """Give `states` and the log second names in a new folder of previous/; return the folder.
+
+    Step folders are moved.
+    """
+    number = 1
+    while (folder / "previous" / str(number)).exists():
+        number += 1
+    previous = folder / "previous" / str(number)
+    previous.mkdir(parents=True)
+    for path in [*states, folder / "log.jsonl"]:
+        if path.is_dir():
+            os.replace(path, previous / path.name)
+        elif path.exists():
+            link(path, previous / path.name)
+    return previous

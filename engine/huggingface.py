@@ -1,265 +1,203 @@
-"""A GPT in the Hugging Face format, to and from a folder or from the hub, as plain dicts.
+"""Read GPTs of Hugging Face transformers from a folder or the hub, and write them to a folder.
 
-Knows no model class of ours. Runs no code that a folder brings, whatever it holds.
+The two model types are GPT-2 and NanoChat (rotary positions, RMSNorm, an untied head). A model is
+two dicts, GPTConfig's fields and the weights by nanoGPT's names, because this module does not
+import model.py. Code in a folder is never run.
 """
 
-import hashlib
+import re
 from pathlib import Path
 
 import torch
 
-from engine.process import UserError, import_extra, reason, user_path
+from engine.process import UserError, reason, user_error, user_path
 
-# The shapes of GPT2LMHeadModel and NanoChatForCausalLM, and the names of the latter beside ours.
-GPT2_SHAPE = {"position": "learned", "rms_norm": False, "tied": True}
-NANOCHAT = {"position": "rotary", "rms_norm": True, "tied": False, "bias": False}
-ENDS = {
-    "transformer.wte.weight": "model.embed_tokens.weight",
-    "lm_head.weight": "lm_head.weight",
+# GPTConfig's fields -> transformers' fields. GPT2Config maps them to n_positions, n_embd and so on.
+FIELDS = dict(
+    block_size="max_position_embeddings",
+    vocab_size="vocab_size",
+    n_layer="num_hidden_layers",
+    n_head="num_attention_heads",
+    n_embd="hidden_size",
+    bias="bias",  # transformers ignores it
+)
+SHAPES = {  # model type -> the fields of GPTConfig that it fixes
+    "gpt2": dict(position="learned", rms_norm=False, tied=True),
+    "nanochat": dict(position="rotary", rms_norm=True, tied=False, bias=False),
 }
-ROTARY = {"rope_type": "default", "rope_theta": 10000.0}
-BLOCK = {"attn.c_proj": "self_attn.o_proj", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
-# SHA-256 of GPT-2's vocabulary, as vocabulary_digest() makes it; OpenAI's 50,257 tokens.
-GPT2_VOCABULARY = "008896c0378935c44df27a0e8b00465c3b4834daf74e801c12cd7633fee3deb9"
+NAMES = {  # part of a weight's name in NanoChat -> in nanoGPT; GPT-2's names are nanoGPT's
+    "model.embed_tokens": "transformer.wte",
+    "model.layers": "transformer.h",
+    "self_attn.[qkv]_proj": "attn.c_attn",  # three matrices (C, C) are one, (3C, C)
+    "self_attn.o_proj": "attn.c_proj",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+}
+OPENAI = "gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"  # hub names
+
+
+def transformers_config(config):
+    """Return transformers' fields for a model with the shape `config`, GPTConfig's fields.
+
+    UserError if transformers has no model of this shape.
+    """
+    kind = "nanochat" if config["position"] == "rotary" else "gpt2"
+    for name, value in SHAPES[kind].items():
+        if config[name] != value:
+            raise UserError(f"{name}={config[name]}: transformers has no such model with the rest")
+    fields = {theirs: config[ours] for ours, theirs in FIELDS.items()}
+    fields["model_type"] = kind
+    if kind == "nanochat":
+        return fields | dict(
+            attention_bias=False,
+            hidden_act="gelu_pytorch_tanh" if config["gelu_tanh"] else "gelu",
+            intermediate_size=4 * config["n_embd"],
+            num_key_value_heads=config["n_head"],
+            final_logit_softcapping=None,
+            rms_norm_eps=1e-6,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0),
+            tie_word_embeddings=False,
+        )
+    return fields | dict(
+        activation_function="gelu_new" if config["gelu_tanh"] else "gelu",
+        n_inner=4 * config["n_embd"],
+        layer_norm_epsilon=1e-5,
+        scale_attn_weights=True,
+        scale_attn_by_inverse_layer_idx=False,
+        tie_word_embeddings=True,
+        n_ctx=config["block_size"],  # llama.cpp reads it
+    )
+
+
+def our_name(name):
+    """Return nanoGPT's name for a weight of transformers."""
+    for theirs, ours in NAMES.items():
+        name = re.sub(theirs, ours, name)
+    return name
+
+
+def transpose(name, tensor):
+    """Return the tensor, transposed if it is a matrix of GPT-2's blocks: those are (in, out)."""
+    if ".h." in name and tensor.dim() == 2:
+        return tensor.t()
+    return tensor
+
+
+# --- read ----------------------------------------------------------------------------------------
 
 
 def load_pretrained(name):
-    """Return the config and the weights of the model called `name`, two dicts.
+    """Return GPTConfig's fields and the float32 weights of the model `name`, two dicts.
 
-    `name`: gpt2, gpt2-medium, gpt2-large, gpt2-xl, another hub name, or a folder that holds
-    config.json and the weights. The keys are GPTConfig's and nanoGPT's; matrices are float32 and
-    contiguous, as nn.Linear holds them. Raises UserError if it cannot be had, has another shape, or
-    another tokenizer than GPT-2's and no meta.pkl of ours that describes it.
+    `name` is gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME on the hub, or a folder. UserError
+    if it cannot be read, if a GPT cannot have its shape, or if its tokenizer is neither GPT-2's nor
+    described by a meta.pkl of ours.
     """
-    if not Path(name).is_dir() and "/" not in name and "gpt2" not in name:
-        known = "scratch, resume, gpt2, gpt2-medium, gpt2-large, gpt2-xl, OWNER/NAME or a folder"
-        raise UserError(f"init_from={name}: choose {known}")
-    if name.startswith("~"):
-        name = str(user_path(name))
-    source = open_model(name)
-    named = name in ("gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl")
-    if not (named or (Path(name) / "meta.pkl").exists()):
-        check_vocabulary(name)
-    read = from_nanochat if source.config.model_type == "nanochat" else from_gpt2
-    config, weights = read(source.config, source.state_dict())
-    return config, {key: tensor.contiguous() for key, tensor in weights.items()}
-
-
-def from_gpt2(theirs, state):
-    """Return the config and the weights of a GPT2LMHeadModel, as to_gpt2 made it or others."""
-    masks = ".attn.bias", ".attn.masked_bias"  # of older files
-    state = {key: tensor for key, tensor in state.items() if not key.endswith(masks)}
-    config = {
-        "block_size": theirs.n_positions,
-        **{name: getattr(theirs, name) for name in ("vocab_size", "n_layer", "n_head", "n_embd")},
-        "bias": getattr(theirs, "bias", True) is not False,  # so in ours, whose biases are 0
-        "gelu_tanh": theirs.activation_function != "gelu",
-    }
-    weights = {}
-    for key, tensor in state.items():
-        if key.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-            tensor = tensor.t()  # transformers' Conv1D holds its matrix the other way round
-        if config["bias"] or not key.endswith(".bias"):
-            weights[key] = tensor
+    name = str(user_path(name))
+    config, weights = find_model(name)
+    if name not in OPENAI and not Path(name, "meta.pkl").exists():
+        check_tokenizer(name)
     return config, weights
 
 
-def from_nanochat(theirs, state):
-    """Return the config and the weights of a NanoChatForCausalLM."""
-    config = {
-        "block_size": theirs.max_position_embeddings,
-        "vocab_size": theirs.vocab_size,
-        "n_layer": theirs.num_hidden_layers,
-        "n_head": theirs.num_attention_heads,
-        "n_embd": theirs.hidden_size,
-        "gelu_tanh": theirs.hidden_act != "gelu",
-        **NANOCHAT,
-    }
-    weights = {ours: state[theirs] for ours, theirs in ENDS.items()}
-    for layer in range(config["n_layer"]):
-        prefix = f"model.layers.{layer}"
-        parts = [state[f"{prefix}.self_attn.{name}_proj.weight"] for name in "qkv"]
-        weights[f"transformer.h.{layer}.attn.c_attn.weight"] = torch.cat(parts)
-        for ours, name in BLOCK.items():
-            weights[f"transformer.h.{layer}.{ours}.weight"] = state[f"{prefix}.{name}.weight"]
-    return config, weights
+def find_model(name):
+    """Return the fields and the weights of a folder, or of a hub name, from its cache if possible.
 
+    UserError if there is no such model or a GPT cannot have its shape.
+    """
+    from huggingface_hub import HfApi
 
-def open_model(name):
-    """Return the transformers model called `name`; UserError says why there is none to use."""
     try:
-        from huggingface_hub import HfApi
-        from transformers import logging
-    except ImportError:
-        raise UserError("loading GPT-2 needs transformers: pip install -e '.[gpt2]'") from None
+        return read_model(name, local_files_only=True)
+    except Exception as fault:  # a damaged file can raise anything
+        if Path(name).is_dir() or not isinstance(fault, OSError):
+            raise UserError(f"{name}: {reason(fault)}") from None
+    with user_error(f"cannot get {name} from the hub (or give --init_from=FOLDER)", Exception):
+        HfApi().model_info(name, timeout=5)  # from_pretrained would retry for half a minute
+        return read_model(name)
+
+
+def read_model(name, **options):
+    """Return the fields and the weights of the model `name`. OSError if it is not found."""
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
+
     logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        return read_model(name, local_files_only=True)  # a folder, or in the cache of the hub
-    except OSError:
-        pass
-    try:
-        HfApi().model_info(name, timeout=5)  # one attempt; the loader retries for half a minute
-    except Exception as fault:
-        advice = "save the model to a folder elsewhere and give --init_from=FOLDER"
-        raise UserError(f"cannot get {name} from the hub ({reason(fault)}); {advice}") from None
-    return read_model(name)
+    options["trust_remote_code"] = False  # the default asks whether to run code from the folder
+    theirs = AutoConfig.from_pretrained(name, **options)
+    config = read_config(theirs)
+    options |= {"dtype": torch.float32, "output_loading_info": True}
+    model, info = AutoModelForCausalLM.from_pretrained(name, **options)
+    if info["missing_keys"]:
+        raise UserError(f"it lacks weights: {min(info['missing_keys'])}")
+    return config, read_weights(model.state_dict(), config["bias"])
 
 
-def read_model(name, **where):
-    """Return the transformers model; OSError where a hub name is not there, else UserError."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    safe = {"trust_remote_code": False}  # the default is to ask whether to run a folder's code
-    try:
-        check_shape(AutoConfig.from_pretrained(name, **safe, **where))
-        options = {"dtype": torch.float32, "output_loading_info": True, **safe}
-        model, info = AutoModelForCausalLM.from_pretrained(name, **options, **where)
-    except Exception as fault:  # damage can raise anything
-        if isinstance(fault, OSError) and not Path(name).is_dir():
-            raise
-        raise UserError(f"{name}: {reason(fault)}") from None
-    if missing := sorted(info["missing_keys"]):
-        raise UserError(f"{name} lacks weights: {', '.join(missing[:3])}")
-    return model
+def read_config(theirs):
+    """Return GPTConfig's fields for a config of transformers. UserError if GPT lacks its shape."""
+    kind = theirs.model_type
+    if kind not in SHAPES:
+        raise UserError(f"its model_type is {kind!r}; gpt2 and nanochat are allowed")
+    config = {ours: getattr(theirs, field, True) for ours, field in FIELDS.items()}
+    config |= SHAPES[kind]
+    activation = "hidden_act" if kind == "nanochat" else "activation_function"
+    config["gelu_tanh"] = getattr(theirs, activation) != "gelu"
+    for field, allowed in transformers_config(config).items():
+        value = getattr(theirs, field, None)
+        if value not in (None, allowed):  # None is the default
+            raise UserError(f"its {field} is {value!r}; {allowed!r} is allowed")
+    return config
 
 
-def check_shape(theirs):
-    """Raise UserError if `theirs`, a transformers config, is of a model that GPT cannot be."""
-    activations = ["gelu_new", "gelu_pytorch_tanh", "gelu"]
-    nanochat = {
-        "attention_bias": [False],
-        "hidden_act": activations,
-        "intermediate_size": [4 * getattr(theirs, "hidden_size", 0)],
-        "num_key_value_heads": [getattr(theirs, "num_attention_heads", 0)],
-        "final_logit_softcapping": [None],
-        "rms_norm_eps": [1e-6],
-        "rope_parameters": [ROTARY],
-        "tie_word_embeddings": [False],
-    }
-    gpt2 = {
-        "model_type": ["gpt2"],
-        "activation_function": activations,
-        "n_inner": [None, 4 * getattr(theirs, "n_embd", 0)],
-        "layer_norm_epsilon": [1e-5],
-        "scale_attn_weights": [True],
-        "scale_attn_by_inverse_layer_idx": [False],
-        "tie_word_embeddings": [True],
-    }
-    kind, wanted = ("nanochat", nanochat) if theirs.model_type == "nanochat" else ("GPT-2", gpt2)
-    for key, allowed in wanted.items():
-        if getattr(theirs, key, allowed[0]) not in allowed:
-            raise UserError(f"it is no {kind}: its {key} is {getattr(theirs, key)!r}")
+def read_weights(state, bias):
+    """Return transformers' weights by nanoGPT's names, contiguous; without biases if not `bias`."""
+    parts = {}  # name -> one tensor, or three: queries, keys, values
+    for name, tensor in state.items():
+        if bias or not name.endswith(".bias"):
+            parts.setdefault(our_name(name), []).append(transpose(name, tensor))
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-# --- to a folder ---------------------------------------------------------------------------------
+def check_tokenizer(name):
+    """Raise UserError if the model `name` brings another tokenizer than GPT-2's."""
+    from transformers import AutoTokenizer
+
+    with user_error(f"{name}: its tokenizer cannot be read", Exception):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        ids = tokenizer.encode("Hello, world!", add_special_tokens=False)  # [] without a tokenizer
+    if ids not in ([], [15496, 11, 995, 0]):
+        raise UserError(f"{name} has another tokenizer than GPT-2; use a model with GPT-2's tokens")
 
 
-def save_model(folder, shape, weights, vocab_size, eot, dtype):
+# --- write ---------------------------------------------------------------------------------------
+
+
+def save_model(folder, config, weights, vocab_size, eot, dtype):
     """Write config.json, generation_config.json and model.safetensors for transformers.
 
-    `shape` holds the fields of GPTConfig, `weights` nanoGPT's names. Ids from `vocab_size` on are
-    padding and left out; `eot` is the id of end-of-text, or None. Raises UserError with the name of
-    the setting where no model of transformers has this shape.
+    `config` holds GPTConfig's fields. Token ids from `vocab_size` on are padding and left out;
+    `eot` is the id of end-of-text or None. UserError if transformers has no model of this shape.
     """
-    transformers = import_extra("transformers", "gpt2")
-    transformers.logging.disable_progress_bar()
-    weights = {name: tensor.detach().to("cpu", dtype) for name, tensor in weights.items()}
-    for name in ENDS:
-        weights[name] = weights[name][:vocab_size]
-    ends = {"vocab_size": vocab_size, "bos_token_id": eot, "eos_token_id": eot, "dtype": dtype}
-    if choose_kind(shape) == "nanochat":
-        kind = transformers.NanoChatForCausalLM
-        options, state = to_nanochat(shape, weights)
-    else:
-        kind = transformers.GPT2LMHeadModel
-        options, state = to_gpt2(shape, weights)
-    with torch.device("meta"):  # no memory for weights to be replaced
-        model = kind(kind.config_class(**options, **ends))
-    state = {name: tensor.contiguous() for name, tensor in state.items()}
-    missing, unknown = model.load_state_dict(state, strict=False, assign=True)
-    assert not unknown and set(missing) <= {"lm_head.weight"}, (missing, unknown)
-    model.tie_weights()
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    options = transformers_config(config)
+    options |= dict(vocab_size=vocab_size, bos_token_id=eot, eos_token_id=eot, dtype=dtype)
+    options |= dict(resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)  # GPT2Config's are 0.1
+    with torch.device("meta"):  # no memory for weights that are replaced
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**options))
+    state = {}
+    for name, empty in model.state_dict().items():
+        tensor = write_weight(name, empty.shape, weights)
+        state[name] = tensor.to("cpu", dtype).contiguous()
+    model.load_state_dict(state, assign=True)
     model.save_pretrained(folder)
 
 
-def choose_kind(shape):
-    """Return the model type that has this shape, gpt2 or nanochat; UserError if neither has."""
-    wanted = NANOCHAT if shape["position"] == "rotary" else GPT2_SHAPE
-    for name, value in wanted.items():
-        if shape[name] != value:
-            raise UserError(f"{name}={shape[name]}: transformers has no such model with the rest")
-    return "nanochat" if wanted is NANOCHAT else "gpt2"
-
-
-def to_gpt2(shape, weights):
-    """Return the options of a GPT2Config and the weights, with biases of 0 where there are none."""
-    options = {
-        "n_positions": shape["block_size"],
-        "n_ctx": shape["block_size"],  # llama.cpp reads it
-        **{name: shape[name] for name in ("n_embd", "n_layer", "n_head")},
-        "activation_function": "gelu_new" if shape["gelu_tanh"] else "gelu",
-        "bias": shape["bias"],  # transformers ignores it; from_gpt2 does not
-        **dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0),
-    }
-    state = {}
-    for name, tensor in weights.items():
-        if name.endswith((".h", "wte.weight", "wpe.weight")):
-            state[name] = tensor
-        elif name != "lm_head.weight":  # that is the token table
-            state.setdefault(name.replace(".weight", ".bias"), tensor.new_zeros(len(tensor)))
-            state[name] = tensor.t() if tensor.dim() == 2 else tensor  # Conv1D: the other way round
-    return options, state
-
-
-def to_nanochat(shape, weights):
-    """Return the options of a NanoChatConfig and the weights."""
-    options = {
-        "hidden_size": shape["n_embd"],
-        "intermediate_size": 4 * shape["n_embd"],
-        "num_hidden_layers": shape["n_layer"],
-        "num_attention_heads": shape["n_head"],
-        "num_key_value_heads": shape["n_head"],
-        "max_position_embeddings": shape["block_size"],
-        "hidden_act": "gelu_pytorch_tanh" if shape["gelu_tanh"] else "gelu",
-        "final_logit_softcapping": None,
-        "rms_norm_eps": 1e-6,
-        "rope_parameters": dict(ROTARY),
-        "tie_word_embeddings": False,
-    }
-    state = {theirs: weights[ours] for ours, theirs in ENDS.items()}
-    for layer in range(shape["n_layer"]):
-        prefix = f"model.layers.{layer}"
-        parts = weights[f"transformer.h.{layer}.attn.c_attn.weight"].chunk(3)
-        for name, part in zip("qkv", parts, strict=True):
-            state[f"{prefix}.self_attn.{name}_proj.weight"] = part
-        for ours, name in BLOCK.items():
-            state[f"{prefix}.{name}.weight"] = weights[f"transformer.h.{layer}.{ours}.weight"]
-    return options, state
-
-
-# --- tokenizer -----------------------------------------------------------------------------------
-
-
-def check_vocabulary(name):
-    """Raise UserError if the model called `name` brings another tokenizer than GPT-2's.
-
-    Without a tokenizer it is taken to read GPT-2's tokens.
-    """
-    from transformers import AutoTokenizer
-
-    if Path(name).is_dir() and not [*Path(name).glob("*token*.json"), *Path(name).glob("vocab.*")]:
-        return
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        digest = vocabulary_digest(tokenizer.get_vocab())
-    except Exception as fault:  # damage can raise anything
-        raise UserError(f"{name}: its tokenizer cannot be read: {reason(fault)}") from None
-    if digest != GPT2_VOCABULARY:
-        raise UserError(f"{name} has a tokenizer of its own; take a model with GPT-2's tokens")
-
-
-def vocabulary_digest(vocabulary):
-    """Return the SHA-256 of a vocabulary, token -> id, whatever its order."""
-    lines = (f"{number} {token}\n" for token, number in vocabulary.items())
-    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
+def write_weight(name, shape, weights):
+    """Return transformers' weight `name` with this shape from nanoGPT's, or a bias of 0."""
+    ours = our_name(name)
+    if ours not in weights:
+        return torch.zeros(shape)
+    tensor = transpose(name, weights[ours])
+    if match := re.search("self_attn.([qkv])_proj", name):
+        tensor = tensor.chunk(3)["qkv".index(match[1])]
+    return tensor[: shape[0]]  # without padding

@@ -1,8 +1,10 @@
-"""Where a run computes: device, precision, compilation, and its place among other processes.
+"""The machine that a run computes on: device, precision, and its process group.
 
-One process is a world of size 1.
+One process is a world of size 1, so that the training loop has no special cases.
 """
 
+import atexit
+import ctypes
 import importlib.util
 import os
 import re
@@ -15,202 +17,211 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.parallel import is_sharded
-from engine.process import UserError, caught_signal, reason, shared_store, user_error
+from engine.process import UserError, user_error
 
-# Dense peaks in TFLOP/s, from data sheets: 16-bit, then float32 (as TF32 from Ampere on).
+# Dense peaks in TFLOP/s, from data sheets: 16-bit, then float32 (TF32 from Ampere on).
 PEAKS = {
     "B200": (2250, 1125), "H200": (989, 495), "H100 PCIe": (756, 378), "H100 NVL": (835, 418),
     "H100": (989, 495), "A100": (312, 156), "A6000": (155, 77), "A10G": (70, 35), "A10": (125, 62),
     "L40S": (362, 183), "L4": (121, 60), "RTX 5090": (209, 105), "RTX 4090": (165, 83),
     "RTX 3090": (71, 36), "V100": (125, 15.7), "T4": (65, 8.1),
 }  # fmt: skip
+UNUSABLE = RuntimeError, AssertionError, NotImplementedError  # of torch, for a missing device
 
 
 @dataclass
 class Runtime:
-    """What this process computes on, and its place among `world_size` processes."""
+    """The device of this process and its rank among `world_size` processes."""
 
     device: torch.device
-    dtype: torch.dtype  # of matrix products; weights and optimizer state stay float32
-    compile: bool  # whether models are compiled; False once that has failed
+    dtype: torch.dtype  # of matrix products; weights and optimizer states stay float32
+    compile: bool
     rank: int
     world_size: int
     name: str  # of the device
-    about: str  # one line: what was chosen and why
+    about: str  # what was chosen and why, in one line
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
     def seed(self, *key):
-        """Seed what dropout draws from; torch.manual_seed() takes its time for other devices."""
-        number = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
-        torch.default_generator.manual_seed(number)
+        """Seed dropout with integers; torch.manual_seed() spends time on other devices."""
+        seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+        torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
-            torch.get_device_module(self.device).manual_seed(number)
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def reduce(self, op, number):
-        """Return the "sum", "min" or "max" over all ranks of a number, or of each in a list.
-
-        Every rank must call it.
-        """
+        """Return the "sum", "min" or "max" of a number over all ranks. Collective."""
         if self.world_size == 1:
             return number
-        total = torch.tensor(number, dtype=torch.float64)  # on the CPU: no sync of a GPU
+        total = torch.tensor(number, dtype=torch.float64)  # on the CPU: does not sync a GPU
         dist.all_reduce(total, getattr(dist.ReduceOp, op.upper()))
-        return total.tolist()
+        return total.item()
 
-    def stop_requested(self):
-        """Return the signal that asked any rank to stop, else 0. Every rank must call it."""
-        return int(self.reduce("max", caught_signal()))
-
-    def say(self, text, end="\n"):
-        """Print on rank 0; a terminal that is gone or a full disk does not end a run."""
+    def say(self, text):
+        """Print on rank 0. A closed terminal or a full disk does not end a run."""
         if self.rank == 0 and text:
             with suppress(OSError):
-                print(text, end=end, flush=True)
+                print(text, flush=True)
 
     def now(self):
-        """Return a time in seconds, after the device has done the work it was given."""
+        """Return the time in seconds after the device has finished its work."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
         return time.perf_counter()
 
     def peak_flops(self):
-        """Return the device's dense peak in FLOP/s for its dtype, None where it is not known."""
-        for card, (low_precision, full_precision) in PEAKS.items():
+        """Return the peak of the device in FLOP/s for its dtype, or None if it is unknown."""
+        for card, (half, full) in PEAKS.items():
             if re.search(rf"\b{card}\b", self.name):
-                peak = full_precision if self.dtype == torch.float32 else low_precision
-                return peak * 1e12
+                return 1e12 * (full if self.dtype == torch.float32 else half)
         return None
 
+    def peak_memory(self):
+        """Return the maximum memory used so far on the GPU in bytes; 0 on other devices."""
+        if self.device.type != "cuda":
+            return 0
+        return torch.cuda.max_memory_allocated(self.device)
 
-def start_runtime(device, dtype, compile, backend="gloo", timeout=600, lenient=()):
-    """Return the Runtime for the settings of these names, in torchrun's process group, if any.
 
-    A setting named in `lenient`, "device" or "dtype", becomes "auto" where this machine lacks it.
+def start_runtime(config):
+    """Return the Runtime for the settings device, dtype, compile, backend and timeout.
+
+    Joins the process group of torchrun if there is one. Collective.
     """
-    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    device, why_device = choose_device(device, "device" in lenient)
-    dtype, why_dtype = choose_dtype(dtype, device, "dtype" in lenient)
-    compile, why_compile = choose_compile(compile, device)
-    if device.type not in ("cpu", "mps"):
-        torch.accelerator.set_device_index(device)
+    rank = int(os.environ.get("RANK", 0))
+    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    device = choose_device(config["device"])
+    dtype, why = choose_dtype(config["dtype"], device)
+    compile = choose_compile(config.get("compile", False), device)
+    name = f"{device.type} with {torch.get_num_threads()} threads"
+    if device.type == "cpu":
+        keep_freed_memory()
     if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+        name = torch.cuda.get_device_name(device)
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")  # TF32 for products in float32
     if world_size > 1:
-        backend = choose_backend(device, backend)
-        limit = timedelta(seconds=timeout)
-        dist.init_process_group(backend, None, limit, world_size, rank, shared_store(timeout))
-    get_name = getattr(torch.get_device_module(device), "get_device_name", None)
-    name = get_name(device) if get_name else device.type
+        join_process_group(device, config)
     precision = str(dtype).removeprefix("torch.")
-    about = f"{world_size} x {name}{why_device}, {precision} ({why_dtype}), {why_compile}"
+    compiled = "compiled" if compile else "not compiled"
+    about = f"{world_size} x {name}, {precision} ({why}), {compiled}"
     return Runtime(device, dtype, compile, rank, world_size, name, about)
 
 
-CANNOT = RuntimeError, AssertionError, NotImplementedError, ImportError  # of torch, for a device
+def choose_device(name):
+    """Return the torch.device of this process for the setting `device`, after a test allocation.
 
-
-def choose_device(name, fall_back=False):
-    """Return the torch.device for the setting `device`, and what keeps this run from a GPU, if so.
-
-    A device asked for by name that cannot be used is a UserError with torch's reason, or with
-    `fall_back` the same as "auto", which falls back to the CPU.
+    "auto" takes the GPU of this process if the machine has one for each. UserError if the device
+    cannot be used.
     """
-    if name != "auto":
-        try:
-            return open_device(name), ""
-        except CANNOT as fault:
-            why = f"device={name} cannot be used: {reason(fault)}"
-        if not fall_back:
-            raise UserError(f"{why}; try --device=auto")
-        return choose_device("auto")[0], f" ({why})"
-    if not torch.accelerator.is_available():
-        return torch.device("cpu"), ""
-    name = torch.accelerator.current_accelerator().type
-    if name == "mps" and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        return torch.device("cpu"), ""
-    processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.accelerator.device_count()
-    if processes > gpus:
-        why = f"{processes} processes for {gpus} GPUs; lower --nproc_per_node"
-        return torch.device("cpu"), f" ({why})"
-    try:
-        return open_device(name), ""
-    except CANNOT as fault:
-        return torch.device("cpu"), f" ({name} cannot be used: {reason(fault)})"
-
-
-def open_device(name):
-    """Return the torch.device called `name` after a first use of it; each process has its own."""
-    device = torch.device(name)
-    if device.index is None and device.type not in ("cpu", "mps", "meta"):
-        device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
-    torch.zeros(1, device=device).item()  # "meta" has no values
+    if name == "auto":
+        name = "cpu"
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if torch.accelerator.is_available() and torch.accelerator.device_count() >= processes:
+            name = torch.accelerator.current_accelerator().type
+    with user_error(f"device={name} cannot be used, --device=cpu works", *UNUSABLE):
+        device = torch.device(name)
+        if device.index is None and device.type not in ("cpu", "mps"):
+            device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
+        torch.zeros(1, device=device).item()
     return device
 
 
-def choose_dtype(name, device, fall_back=False):
-    """Return the torch.dtype for the setting `dtype`, and why. `fall_back` as in choose_device."""
+def choose_dtype(name, device):
+    """Return the torch.dtype for the setting `dtype`, and why."""
     if name in ("float32", "bfloat16") or (name == "float16" and device.type == "cuda"):
         return getattr(torch, name), "as set"
-    if name != "auto" and not fall_back:
+    if name != "auto":
         raise UserError(f"dtype={name}: choose auto, float32, bfloat16, or float16 on CUDA")
-    if device.type == "cuda":  # is_bf16_supported() is also true where it is emulated, slowly
-        real = torch.cuda.get_device_capability(device) >= (8, 0)
-        return (torch.bfloat16, "the GPU's own") if real else (torch.float16, "no bfloat16 here")
-    supports = getattr(torch.get_device_module(device), "is_bf16_supported", None)
-    if supports and supports():
-        return torch.bfloat16, "the device's own"
-    # On a CPU with AVX512-BF16 but no AMX, matmuls in bfloat16 took 1.75 times those in float32.
-    amx = device.type == "cpu" and getattr(torch.cpu, "get_capabilities", dict)().get("amx_bf16")
-    return (torch.bfloat16, "AMX") if amx else (torch.float32, "no fast bfloat16 here")
-
-
-def choose_backend(device, backend):
-    """Return the backend of the process group: `backend` on CUDA, else PyTorch's for the device."""
-    if device.type in ("cpu", "mps"):
-        return "gloo"
-    if device.type != "cuda":
-        with user_error(f"device={device.type} on several processes", ValueError):
-            backend = dist.get_default_backend_for_device(device)
-    return f"cpu:gloo,{device.type}:{backend}"  # gloo for the numbers that only the hosts share
+    if device.type == "cuda":  # is_bf16_supported() is also True if bfloat16 is emulated, slowly
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        return (torch.bfloat16, "fast here") if fast else (torch.float16, "no fast bfloat16")
+    if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
+        return torch.bfloat16, "AMX"
+    return torch.float32, "bfloat16 is often slower here"
 
 
 def choose_compile(setting, device):
-    """Return whether to torch.compile, and why."""
-    if setting not in ("auto", True, False):
-        raise UserError(f"compile={setting}: choose auto, True or False")
+    """Return whether to try to compile: with "auto" on recent GPUs with Triton."""
     if setting != "auto":
-        return setting, "compiled as set" if setting else "not compiled as set"
-    works = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    works = works and importlib.util.find_spec("triton") is not None
-    return works, "compiled" if works else "not compiled: wants a recent GPU and Triton"
+        return setting
+    is_recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return is_recent and importlib.util.find_spec("triton") is not None
 
 
-def compile_model(model, runtime, attempt):
-    """Compile `model` in place if `runtime.compile` is True; where that fails, set it to False.
+def keep_freed_memory():
+    """Let the C library keep freed memory: fresh pages took a quarter of a training step."""
+    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
+        with suppress(AttributeError, OSError, TypeError):  # systems without glibc
+            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
-    `attempt()` runs what is to be compiled: in training through what wrap() made of the model, so
-    that the compiler splits its graph where DDP sends gradients. If it fails, the model is as it
-    was.
+
+# --- several processes ---------------------------------------------------------------------------
+
+
+def join_process_group(device, config):
+    backend = "gloo"
+    if device.type == "cuda":  # gloo for numbers that the hosts share without the GPUs
+        backend = f"cpu:gloo,cuda:{config['backend']}"
+    timeout = timedelta(seconds=config["timeout"])
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(attempt, store)  # otherwise a restarted group reads old addresses
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+    atexit.register(time.sleep, 0.1)  # a thread of gloo aborts if the interpreter has ended
+    atexit.register(dist.destroy_process_group)  # runs before the line above
+
+
+def place_model(model, blocks, fsdp, runtime):
+    """Move `model` to the device of this process; with `fsdp` only this rank's shard (FSDP2).
+
+    Each of its `blocks` is gathered separately. fsdp="hybrid" shards within each machine and keeps
+    a copy per machine.
     """
-    if not runtime.compile:
+    if not fsdp or runtime.world_size == 1:
+        model.to(runtime.device)
         return
-    why = ""
-    try:
-        model.compile()
-        with runtime.autocast():
-            attempt()
-    except Exception as fault:  # no compiler, no driver, an unsupported Python: all sorts
-        sharded = is_sharded(next(model.parameters()))  # then the other ranks wait for this one
-        if sharded or isinstance(
-            fault, UserError | FloatingPointError | torch.OutOfMemoryError
-        ):
-            raise
-        why = reason(fault)
-    if runtime.reduce("max", bool(why)):
-        model._compiled_call_impl = None  # undoes Module.compile()
-        model.zero_grad(set_to_none=True)
-        runtime.compile, runtime.about = False, f"{runtime.about}, but that failed"
-        runtime.say(f"not compiled, which is slower: {why or 'another rank failed'}")
+    from torch.distributed.fsdp import fully_shard  # here, because it takes half a second
+
+    shape = (runtime.world_size,)
+    if fsdp == "hybrid":
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        shape = (runtime.world_size // local, local)
+    names = ("replicate", "shard")[-len(shape) :]
+    mesh = dist.init_device_mesh(runtime.device.type, shape, mesh_dim_names=names)
+    for part in (*blocks, model):
+        fully_shard(part, mesh=mesh)
+
+
+def is_sharded(tensor):
+    return hasattr(tensor, "full_tensor")  # a DTensor
+
+
+def unshard(tensor):
+    """Return the full tensor. Collective if it is sharded."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def shard_like(parameter, tensor):
+    """Return this rank's shard of `tensor`, which all ranks have, if `parameter` is sharded."""
+    if not is_sharded(parameter):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    placements = parameter.placements
+    return distribute_tensor(tensor, parameter.device_mesh, placements, src_data_rank=None)
+
+
+def gather(tree, rank):
+    """Return `tree`, of dicts and tensors, with full tensors on the CPU of rank 0. Collective."""
+    if isinstance(tree, dict):
+        return {key: gather(value, rank) for key, value in tree.items()}
+    if not is_sharded(tree):
+        return tree
+    tensor = unshard(tree)
+    return tensor.cpu() if rank == 0 else None

@@ -14,7 +14,7 @@ import torch
 
 import train
 from configurator import configure
-from data.tokenizer import CharTokenizer, char_meta
+from data.tokenizer import CharTokenizer, make_meta
 from data.tokens import TokenFile, write_dataset
 
 try:
@@ -27,6 +27,7 @@ torch.set_num_threads(1)  # the models are tiny: on a busy machine more threads 
 SHARED = ROOT.parent / "shared" / "data"  # real corpora, where they are
 TINY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --dataset=tiny".split()
 TINY += "--gradient_accumulation_steps=1 --device=cpu --dtype=float32 --warmup_iters=0".split()
+RECIPE = ["--position=rotary", "--rms_norm", "--tied=False", "--optimizer=muon"]
 TEXT = "".join(f"{n} plus {m} makes {n + m}.\n" for n in range(40) for m in range(5))
 META = {"vocab_size": 100, "stoi": {}, "itos": {}}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -91,7 +92,7 @@ def launch(capsys, monkeypatch):
 @pytest.fixture
 def tiny(tmp_path, monkeypatch):
     """Make data/tiny, of characters, in a folder that train.py takes for its own; return that."""
-    meta = char_meta(set(TEXT))
+    meta = make_meta("char", [TEXT])
     ids, cut = CharTokenizer(meta).encode(TEXT), len(TEXT) * 9 // 10
     write_dataset(tmp_path / "data" / "tiny", meta, train=[ids[:cut]], val=[ids[cut:]])
     monkeypatch.setattr(train, "ROOT", tmp_path)
@@ -147,14 +148,20 @@ def token_file(path, ids, meta=META, block_size=4):
 
 
 def at_step(monkeypatch, actions):
-    """Let `actions[step]()` happen within that training step."""
-    step = train.train_step
+    """Call `actions[step]()` before that training step."""
+    train_step = train.train_step
 
-    def watched(model, state, batches, number, runtime):
-        actions.get(number, bool)()
-        return step(model, state, batches, number, runtime)
+    def watched(model, state, batches, runtime):
+        actions.get(state.step, bool)()
+        return train_step(model, state, batches, runtime)
 
     monkeypatch.setattr(train, "train_step", watched)
+
+
+def find_losses(monkeypatch, *values):
+    """Make the evaluations of a run return these validation losses, one after the other."""
+    found = iter(values)
+    monkeypatch.setattr(train, "evaluate", lambda *args: {"train": 1.0, "val": next(found)})
 
 
 class Payload:

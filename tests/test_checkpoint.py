@@ -1,30 +1,52 @@
-"""Checkpoints: a run that was stopped and went on equals one that never was; files of others."""
+"""A run that was stopped, killed or ran out of disk equals one that never was; files of others."""
 
-import math
+import os
+import random
+import shutil
+import signal
 import sys
-from functools import partial
+import time
 from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, assert_equal, load, log, losses, nanogpt_checkpoint
+from conftest import (
+    RECIPE,
+    TINY,
+    assert_equal,
+    at_step,
+    find_losses,
+    load,
+    log,
+    losses,
+    nanogpt_checkpoint,
+)
 
 import sample
 import train
 from data.tokenizer import read_meta
 from data.tokens import TokenFile
-from engine.runtime import choose_dtype
-from model import GPTConfig
+from engine import checkpoint
 
-FULL = [*TINY, "--lr_decay_iters=8", "--dropout=0.2", "--gradient_accumulation_steps=2"]
+pytest.importorskip("resource")  # POSIX, as the signals are
 slow = pytest.mark.slow
+FULL = [*TINY, "--lr_decay_iters=8", "--dropout=0.2", "--gradient_accumulation_steps=2"]
+GROWING = ["--batch_ramp_iters=5", "--batch_ramp_start=0.3", "--sampling=epochs"]
+KILLS = 30
+
+
+def files(folder):
+    return sorted(name for name in os.listdir(folder) if name != ".lock")
 
 
 def assert_same_runs(left, right):
     assert_equal(load(f"{left}/ckpt.pt"), load(f"{right}/ckpt.pt"))
     assert losses(left) == losses(right) and list(losses(left)) == sorted(losses(left))
+    assert load(f"{left}/ckpt.pt")["best_val_loss"] == load(f"{right}/ckpt.pt")["best_val_loss"]
 
+
+# --- a resume is exact ---------------------------------------------------------------------------
 
 WAYS = [
     ("float32", False),
@@ -34,17 +56,18 @@ WAYS = [
 ]
 
 
+@pytest.mark.parametrize("more", [[], RECIPE, GROWING], ids=["gpt2", "recipe", "growing"])
 @pytest.mark.parametrize("dtype, compiled", WAYS)
-def test_stopping_and_resuming_equals_going_on(launch, tiny, dtype, compiled):
+def test_stopping_and_resuming_equals_never_stopping(launch, tiny, dtype, compiled, more):
     if compiled and not sys.platform.startswith("linux"):
         pytest.skip("needs a C++ compiler")
-    torch._dynamo.reset()  # past 8 versions of a function, of other tests too, it compiles no more
-    options = *FULL, f"--dtype={dtype}", f"--compile={compiled}"
+    torch._dynamo.reset()  # after 8 versions of a function it compiles no more
+    options = *FULL, *more, f"--dtype={dtype}", f"--compile={compiled}"
     launch(train, *options, "--max_iters=8", "--out_dir=straight", "--eval_interval=8")
-    launch(train, *options, "--max_iters=4", "--out_dir=resumed", "--eval_interval=3")
-    launch(train, "--init_from=resume", "--out_dir=resumed", "--max_iters=8", "--eval_interval=2")
-    assert_same_runs("straight", "resumed")
-    assert load("resumed/ckpt.pt")["iter_num"] == 8
+    launch(train, *options, "--max_iters=4", "--out_dir=resumed", "--eval_interval=8")
+    launch(train, "--init_from=resume", "--out_dir=resumed", "--max_iters=8")
+    assert_equal(load("straight/ckpt.pt"), load("resumed/ckpt.pt"))
+    assert losses("straight") == losses("resumed")
 
 
 # From 3 summands on their order matters.
@@ -53,125 +76,340 @@ TOGETHER = [*product(("float32", "bfloat16"), (False, True), (2,)), ("float32", 
 
 @slow
 @pytest.mark.parametrize("dtype, compiled, processes", TOGETHER)
-def test_so_it_does_with_several_processes(finish, tiny, dtype, compiled, processes):
+def test_it_does_with_several_processes(finish, tiny, dtype, compiled, processes):
     options = *FULL, f"--dtype={dtype}", f"--compile={compiled}"
     options += (f"--gradient_accumulation_steps={2 * processes}",)
     together = {"processes": processes}
-    finish(*options, "--max_iters=8", "--out_dir=straight", "--eval_interval=8", **together)
-    finish(*options, "--max_iters=4", "--out_dir=resumed", "--eval_interval=3", **together)
-    on = "--init_from=resume", "--out_dir=resumed", "--max_iters=8", "--eval_interval=2"
-    finish(*on, **together)
-    assert_same_runs("straight", "resumed")
+    finish(*options, "--max_iters=8", "--out_dir=straight", **together)
+    finish(*options, "--max_iters=4", "--out_dir=resumed", **together)
+    finish("--init_from=resume", "--out_dir=resumed", "--max_iters=8", **together)
+    assert_equal(load("straight/ckpt.pt"), load("resumed/ckpt.pt"))
+    assert losses("straight") == losses("resumed")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_ends_the_run_after_its_step_with_all_saved(
+    launch, tiny, monkeypatch, capsys, name
+):
+    number = getattr(signal, name)
+    handler = signal.getsignal(number)
+    if handler == signal.SIG_IGN:
+        pytest.skip(f"{name} is ignored here, as under nohup")
+    options = *TINY, "--max_iters=6", "--eval_interval=4", "--dropout=0.2"
+    launch(train, *options, "--out_dir=straight")
+    with monkeypatch.context() as patch:
+        at_step(patch, {2: lambda: os.kill(os.getpid(), number)})
+        with pytest.raises(SystemExit) as stop:
+            launch(train, *options)
+    assert stop.value.code == 128 + number and signal.getsignal(number) is handler
+    assert "out keeps step 3 and the best, step 0 with " in capsys.readouterr().out.splitlines()[-1]
+    launch(train, "--init_from=resume")
+    assert_same_runs("straight", "out")
+
+
+SLOW_STEP = """
+import time
+import train
+from configurator import configure
+
+train_step = train.train_step
+
+def slow(model, state, batches, runtime):
+    if state.step == 3:
+        time.sleep(60)
+    return train_step(model, state, batches, runtime)
+
+train.train_step = slow
+train.main(configure(vars(train)))
+"""
 
 
 @slow
-def test_the_number_of_processes_may_change(launch, finish, tiny):
-    """The most that was seen to differ over 12 steps: 4e-8 of a loss, and no weight at all."""
-    options = [*TINY, "--lr_decay_iters=12", "--gradient_accumulation_steps=2"]
-    launch(train, *options, "--max_iters=12", "--out_dir=straight")
-    launch(train, *options, "--max_iters=4", "--out_dir=changing")
-    finish("--init_from=resume", "--out_dir=changing", "--max_iters=8", processes=2)
-    launch(train, "--init_from=resume", "--out_dir=changing", "--max_iters=12")
-    assert losses("changing") == pytest.approx(losses("straight"), rel=1e-6)
-    assert_equal(load("straight/ckpt.pt"), load("changing/ckpt.pt"), atol=1e-6, rtol=0)
+def test_a_second_interrupt_stops_at_once(start, tiny):
+    (tiny / "slow.py").write_text(SLOW_STEP)
+    process = start(*TINY, "--eval_interval=2", script="slow.py")
+    while not process.stdout.readline().startswith("iter 2"):
+        pass
+    for _ in range(2):
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == -signal.SIGINT
+    assert load("out/ckpt.pt")["iter_num"] == 2
 
 
-def test_a_float16_run_keeps_its_loss_scale(launch, tiny, monkeypatch):
-    scaler = torch.amp.GradScaler
-    options = {"init_scale": 2.0**127, "growth_interval": 1000}  # the loss overflows at first
-    monkeypatch.setattr(torch.amp, "GradScaler", lambda device, enabled: scaler("cpu", **options))
-    launch(train, *TINY, "--max_iters=30", "--max_bad_steps=1", "--lr_decay_iters=40")
-    saved = load("out/ckpt.pt")
-    scale, updates = saved["scaler"]["scale"], saved["optimizer"]["state"][0]["step"].item()
-    skipped = 127 - math.log2(scale)  # each halved it
-    assert skipped >= 1 and updates == 30 - skipped
-    launch(train, "--init_from=resume", "--max_iters=31")
-    assert load("out/ckpt.pt")["scaler"]["scale"] == scale
-
-
-# --- what a resumed run takes over ---------------------------------------------------------------
-
-
-def test_auto_resume_starts_anew_and_then_resumes(launch, tiny):
-    auto = *TINY, "--auto_resume=True", "--lr_decay_iters=6"
-    launch(train, *TINY, "--lr_decay_iters=6", "--max_iters=6", "--out_dir=straight")
-    (tiny / "out").mkdir()
-    (tiny / "out" / "log.jsonl").write_text('{"iter": 0, "settings": {}}\n')  # of one that died
-    first = launch(train, *auto, "--max_iters=3")
-    second = launch(train, *auto, "--max_iters=6")
-    assert "steps: 0 to 3" in first and "steps: 3 to 6" in second
+@slow
+def test_kill_9_at_any_moment_costs_nothing(start, finish, tiny):
+    """Kill at 30 random moments; the end is that of a run never killed."""
+    options = [*TINY, "--dropout=0.2", "--max_iters=3000", "--eval_interval=2", "--eval_iters=1"]
+    options += ["--always_save_checkpoint=False", "--learning_rate=1e-2", "--auto_resume=True"]
+    finish(*options, "--out_dir=straight")
+    moments = random.Random(1)
+    for _ in range(KILLS):
+        process = start(*options)
+        for line in process.stdout:
+            if line.startswith("iter"):
+                break
+        time.sleep(moments.uniform(0, 0.2))
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+    finish(*options)
     assert_same_runs("straight", "out")
-    assert not (tiny / "out" / "previous").exists()
+    assert_equal(load("straight/best.pt"), load("out/best.pt"))
+    assert files("out") == ["best.pt", "ckpt.pt", "log.jsonl"]
 
 
-def test_what_a_resumed_run_changes_is_printed(launch, tiny):
+# --- which settings and data a resume takes ------------------------------------------------------
+
+
+def test_a_resume_takes_all_settings_but_the_flags_and_prints_those(launch, tiny):
     (tiny / "c.py").write_text("learning_rate = 0.5\nbatch_size = 2")
     launch(train, *TINY, "--max_iters=2", "--learning_rate=1e-3", "--weight_decay=0.1")
     flags = "--learning_rate=5e-4", "--max_iters=4", "--weight_decay=0.2", "--beta1=0.8"
     out = launch(train, "c.py", "--init_from=resume", *flags).splitlines()
-    assert out[:5] == [
-        "batch_size: stays 4; only --batch_size=2 changes it",
+    assert sorted(out[:4]) == [
+        "beta1: 0.9 -> 0.8",
         "learning_rate: 0.001 -> 0.0005",
         "max_iters: 2 -> 4",
         "weight_decay: 0.1 -> 0.2",
-        "beta1: 0.9 -> 0.8",
     ]
-    checkpoint = load("out/ckpt.pt")
-    group = checkpoint["optimizer"]["param_groups"][0]
+    saved = load("out/ckpt.pt")
+    group = saved["optimizer"]["param_groups"][0]
     assert (group["weight_decay"], group["betas"]) == (0.2, (0.8, 0.95))
-    assert checkpoint["config"]["learning_rate"] == 5e-4
+    assert saved["config"]["learning_rate"] == 5e-4 and saved["config"]["batch_size"] == 4
 
 
 def test_a_shorter_context_can_be_resumed_with(launch, tiny):
     launch(train, *TINY, "--max_iters=2")
-    out = launch(train, "--init_from=resume", "--block_size=8", "--max_iters=3")
-    assert "block_size: 16 -> 8" in out
-    checkpoint = load("out/ckpt.pt")
-    assert checkpoint["model"]["transformer.wpe.weight"].shape == (8, 32)
-    assert checkpoint["optimizer"]["state"][1]["exp_avg"].shape == (8, 32)
-    assert checkpoint["model_args"]["block_size"] == 8
+    assert "block_size: 16 -> 8" in launch(
+        train, "--init_from=resume", "--block_size=8", "--max_iters=3"
+    )
+    saved = load("out/ckpt.pt")
+    assert saved["model"]["transformer.wpe.weight"].shape == (8, 32)
+    assert saved["optimizer"]["state"][1]["exp_avg"].shape == (8, 32)
+    assert saved["model_args"]["block_size"] == 8
 
 
-def test_other_data_than_before_is_refused_unless_it_is_asked_for(launch, tiny):
-    launch(train, *TINY, "--max_iters=2")
-    was = load("out/ckpt.pt")["data"]
+def test_changed_data_are_refused_unless_allowed_and_then_count_from_anew(
+    launch, tiny, monkeypatch
+):
+    find_losses(monkeypatch, 3.0, 2.0, 2.5, 2.2)
+    launch(train, *TINY, "--max_iters=2", "--eval_interval=2")
+    before = load("out/ckpt.pt")["data"]
     path = tiny / "data" / "tiny" / "train.bin"
     ids = path.read_bytes()
     path.write_bytes(ids[: len(ids) // 4 * 2])
-    now = TokenFile(path, read_meta(path.parent), 16).digest()
-    assert now.startswith(f"{len(ids) // 4} tokens, ") and was["train"] != now
+    now = {**before, "train": TokenFile(path, read_meta(path.parent), 16).digest()}
     with pytest.raises(SystemExit) as stop:
-        launch(train, "--init_from=resume", "--max_iters=3")
-    changed = f"train.bin of dataset tiny has changed: it had {was['train']}, and has {now}"
-    assert stop.value.code == f"error: {changed}; --new_data=True goes on with it"
-    assert load("out/ckpt.pt")["iter_num"] == 2
-    launch(train, "--init_from=resume", "--eval_only")  # which trains on nothing
-    launch(train, "--init_from=resume", "--max_iters=3", "--new_data=True")
-    assert load("out/ckpt.pt")["data"] == {"train": now, "val": was["val"]}
-    launch(train, "--init_from=resume", "--max_iters=4")  # asked for once
+        launch(train, "--init_from=resume", "--max_iters=4")
+    changed = f"the data have changed from {before} to {now}"
+    assert stop.value.code == f"error: {changed}; --new_data=True continues with them"
+    launch(train, "--init_from=resume", "--max_iters=4", "--new_data=True")
+    assert load("out/ckpt.pt")["data"] == now
+    assert load("out/best.pt")["best_val_loss"] == 2.2  # the 2.0 was of the other data
+    assert load("out/previous/1/best.pt")["best_val_loss"] == 2.0
 
 
-def test_a_checkpoint_whose_device_is_not_here_resumes_on_another(launch, tiny):
-    if torch.cuda.is_available():
-        pytest.skip("has the device that is missing here")
-    launch(train, *TINY, "--max_iters=2")
+def test_another_number_of_threads_is_reported(launch, tiny):
+    launch(train, *TINY, "--max_iters=1")
     saved = load("out/ckpt.pt")
-    saved["config"] |= {"device": "cuda", "dtype": "float16", "compile": False}
-    torch.save(saved, "out/ckpt.pt")
-    with pytest.raises((RuntimeError, AssertionError)) as fault:
-        torch.zeros(1, device="cuda")
-    lost = f"device=cuda cannot be used: {type(fault.value).__name__}: "
+    torch.save({**saved, "threads": 7}, "out/ckpt.pt")
+    out = launch(train, "--init_from=resume", "--max_iters=2")
+    assert "threads: 7 -> 1, which changes the last bits" in out.splitlines()
+    assert log("out")[-2]["iter"] == 1
+
+
+# --- the newest and the best ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("always, saved_steps", [(True, [0, 1, 2, 3, 4]), (False, [0, 1, 2, 4])])
+def test_the_newest_and_the_best_state_are_kept(launch, tiny, monkeypatch, always, saved_steps):
+    find_losses(monkeypatch, 3.0, 2.0, 1.0, 2.5, 2.6)
+    written, atomic = [], checkpoint.atomic
+
+    def watched(path):
+        if path.suffix == ".pt":
+            written.append(path.name)
+        return atomic(path)
+
+    monkeypatch.setattr(checkpoint, "atomic", watched)
+    out = launch(
+        train, *TINY, "--max_iters=4", "--eval_interval=1", f"--always_save_checkpoint={always}"
+    )
+    assert out.splitlines()[-1] == ("out keeps step 4 and the best, step 2 with val loss 1.0000")
+    assert files("out") == ["best.pt", "ckpt.pt", "log.jsonl"]
+    best, newest = load("out/best.pt"), load("out/ckpt.pt")
+    assert (best["iter_num"], newest["iter_num"]) == (2, 4)
+    assert best["best_val_loss"] == newest["best_val_loss"] == 1.0
+    assert written == ["best.pt"] * 3 + ["ckpt.pt"] * (len(saved_steps) - 3)
+    find_losses(monkeypatch, 2.7, 0.5)
+    launch(train, "--init_from=resume", "--max_iters=5")
+    assert os.path.samefile("out/ckpt.pt", "out/best.pt") and load("out/best.pt")["iter_num"] == 5
+
+
+def test_sampling_takes_the_best_state_or_the_one_that_is_named(launch, tiny, monkeypatch):
+    monkeypatch.setattr(sample, "ROOT", tiny)
+    find_losses(monkeypatch, 3.0, 1.0, 2.0)
+    launch(train, *TINY, "--max_iters=4", "--eval_interval=2", "--learning_rate=0.1")
+    text = "--device=cpu", "--dtype=float32", "--num_samples=1", "--max_new_tokens=200"
+    drawn = launch(sample, *text)
+    assert drawn == launch(sample, *text, "--checkpoint_file=best.pt")
+    assert drawn != launch(sample, *text, "--checkpoint_file=ckpt.pt")
+
+
+@pytest.mark.parametrize("subject", ["loss", "weight"])
+def test_a_model_that_is_not_finite_is_never_saved(launch, tiny, monkeypatch, subject):
+    build_state, states = train.build_state, []
+
+    def watched(*arguments):
+        states.append(build_state(*arguments))
+        return states[-1]
+
+    def spoil():
+        states[0].model.transformer.ln_f.weight.data[3] = torch.inf
+
+    monkeypatch.setattr(train, "build_state", watched)
+    find_losses(monkeypatch, 3.0, 2.0, float("nan") if subject == "loss" else 1.0)
+    at_step(monkeypatch, {5: spoil} if subject == "weight" else {})
     with pytest.raises(SystemExit) as stop:
-        launch(train, "--init_from=resume", "--device=cuda")
-    assert stop.value.code.startswith(f"error: {lost}")
-    assert stop.value.code.endswith("; try --device=auto")
-    reason = stop.value.code.removeprefix("error: ").removesuffix("; try --device=auto")
-    out = launch(train, "--init_from=resume", "--max_iters=3")
-    dtype, why = choose_dtype("auto", torch.device("cpu"))
-    precision = f"{str(dtype).removeprefix('torch.')} ({why})"
-    line = f"hardware: 1 x cpu ({reason}), {precision}, not compiled as set"
-    assert line in out.splitlines()
-    assert "iter 2: loss" in out
+        launch(train, *TINY, "--max_iters=9", "--eval_interval=3")
+    assert (
+        stop.value.code
+        == "error: step 6: the loss or a weight is not finite; resume with a lower --learning_rate"
+    )
+    assert load("out/ckpt.pt")["iter_num"] == load("out/best.pt")["iter_num"] == 3
+
+
+# --- saves that fail -----------------------------------------------------------------------------
+
+
+def test_a_save_without_room_keeps_the_older_state_and_later_saves_work(
+    launch, tiny, monkeypatch, file_limit
+):
+    def make_room():
+        assert load("out/ckpt.pt")["iter_num"] == 2
+        file_limit(None)
+
+    at_step(monkeypatch, {3: lambda: file_limit(100_000), 4: make_room})  # it has 330,000 bytes
+    out = launch(train, *TINY, "--max_iters=6", "--eval_interval=2")
+    line = "step 4 is not saved: File too large; the newest saved step is 2"
+    assert out.splitlines().count(line) == 1 and out.count("is not saved") == 1
+    assert load("out/ckpt.pt")["iter_num"] == 6
+    assert files("out") == ["best.pt", "ckpt.pt", "log.jsonl"]
+
+
+def move_away():
+    os.rename("out", "moved")
+    Path("out").mkdir()
+    shutil.copy("moved/.lock", "out/.lock")
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [move_away, lambda: (shutil.rmtree("out"), Path("out").touch())],
+    ids=["moved", "gone"],
+)
+def test_a_folder_that_is_another_one_gets_no_state_and_exit_status_1(
+    launch, tiny, monkeypatch, trouble
+):
+    at_step(monkeypatch, {3: trouble})
+    with pytest.raises(SystemExit) as stop:
+        launch(train, *TINY, "--max_iters=4", "--eval_interval=2")
+    assert stop.value.code == 1 and not Path("out/ckpt.pt").exists()
+
+
+# --- an older run and other states ---------------------------------------------------------------
+
+
+def test_a_new_run_moves_each_older_one_to_a_numbered_folder(launch, tiny):
+    for steps in (1, 2, 3):
+        out = launch(train, *TINY, f"--max_iters={steps}", "--eval_interval=9")
+    assert "kept the older run in out/previous/2" in out.splitlines()
+    folders = ["out", "out/previous/1", "out/previous/2"]
+    assert [load(f"{folder}/ckpt.pt")["iter_num"] for folder in folders] == [3, 1, 2]
+    assert [len(losses(folder)) for folder in folders] == [3, 1, 2]
+    assert files("out/previous/2") == ["best.pt", "ckpt.pt", "log.jsonl"]
+
+
+def test_a_resume_from_another_state_sets_the_newest_aside(launch, tiny, monkeypatch):
+    find_losses(monkeypatch, 3.0, 1.0, 2.0)
+    launch(train, *TINY, "--max_iters=4", "--eval_interval=2", "--lr_decay_iters=8")
+    monkeypatch.undo()
+    monkeypatch.setattr(train, "ROOT", tiny)
+    monkeypatch.chdir(tiny)
+    launch(train, *TINY, "--max_iters=3", "--lr_decay_iters=8", "--out_dir=straight")
+    launch(train, "--init_from=resume", "--checkpoint_file=best.pt", "--max_iters=3")
+    assert load("out/previous/1/ckpt.pt")["iter_num"] == 4
+    assert load("out/previous/1/best.pt")["iter_num"] == 2
+    assert_equal(load("straight/ckpt.pt"), load("out/ckpt.pt"))
+    assert list(losses("out")) == [0, 1, 2] and list(losses("out/previous/1")) == [0, 1, 2, 3]
+    assert "steps: 3 to 4" in launch(train, "--init_from=resume", "--max_iters=4")
+    assert files("out/previous") == ["1"]
+
+
+def test_the_shape_of_a_model_cannot_change_on_a_resume(launch, tiny):
+    launch(train, *TINY, "--max_iters=1")
+    nanogpt_checkpoint("theirs", 21)
+    for folder in ("out", "theirs"):
+        with pytest.raises(SystemExit, match="has rms_norm=False; leave --rms_norm out"):
+            launch(train, "--init_from=resume", "--rms_norm=True", f"--out_dir={folder}")
+
+
+def test_a_state_with_a_name_of_the_user_can_be_resumed(launch, tiny):
+    launch(train, *TINY, "--max_iters=2")
+    Path("kept").mkdir()
+    os.rename("out/ckpt.pt", "kept/mine.pt")
+    options = "--init_from=resume", "--out_dir=kept", "--checkpoint_file=mine.pt"
+    assert "steps: 2 to 3" in launch(train, *options, "--max_iters=3")
+
+
+@pytest.mark.parametrize("damage", [lambda content: content[:-1000], lambda content: content[:100]])
+def test_a_damaged_best_state_is_no_obstacle_and_a_damaged_newest_names_it(launch, tiny, damage):
+    launch(train, *TINY, "--max_iters=2")
+    good = Path("out/ckpt.pt").read_bytes()
+    Path("out/best.pt").unlink()
+    Path("out/best.pt").write_bytes(damage(good))
+    launch(train, "--init_from=resume", "--max_iters=3")
+    Path("out/best.pt").unlink(missing_ok=True)
+    Path("out/best.pt").write_bytes(good)
+    Path("out/ckpt.pt").write_bytes(damage(good))
+    with pytest.raises(SystemExit, match="^error: out/ckpt.pt cannot be read as a checkpoint: "):
+        launch(train, "--init_from=resume", "--max_iters=4")
+    out = launch(train, "--init_from=resume", "--max_iters=4", "--checkpoint_file=best.pt")
+    assert "steps: 2 to 4" in out
+    assert Path("out/previous/1/ckpt.pt").read_bytes() == damage(good)
+
+
+def test_only_temporary_files_of_this_project_are_removed(launch, tiny):
+    Path("out").mkdir()
+    for name in ("ckpt.pt.0123abcd.tmp", "ckpt.pt.tmp", "notes.tmp", "hf.tmp"):
+        Path("out", name).write_text("x")
+    launch(train, *TINY, "--max_iters=1")
+    assert set(files("out")) >= {"ckpt.pt.tmp", "notes.tmp", "hf.tmp"}
+    assert "ckpt.pt.0123abcd.tmp" not in files("out")
+
+
+def test_one_run_owns_the_folder(start, launch, tiny):
+    first = start(*TINY, "--max_iters=1000000", "--eval_interval=1000000", "--lr_decay_iters=9")
+    while not first.stdout.readline().startswith("iter 5:"):
+        assert first.poll() is None
+    first.send_signal(signal.SIGSTOP)  # it lives, and is quiet
+    before = {path: path.read_bytes() for path in Path("out").iterdir()}
+    for more in ([], ["--init_from=resume"]):
+        with pytest.raises(SystemExit, match="error: out is in use by another process; wait, or"):
+            launch(train, *TINY, "--max_iters=9", *more)
+    assert {path: path.read_bytes() for path in Path("out").iterdir()} == before
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    assert "steps: 0 to 9" in launch(train, "--init_from=resume", "--max_iters=9")
+
+
+def test_a_lock_that_is_a_link_is_refused(launch, tiny):
+    Path("out").mkdir()
+    Path("target").write_text("precious")
+    Path("out/.lock").symlink_to(Path("target").resolve())
+    with pytest.raises(SystemExit, match="error: out: Too many levels of symbolic links"):
+        launch(train, *TINY, "--max_iters=1")
+    assert Path("target").read_text() == "precious"
 
 
 # --- files of others -----------------------------------------------------------------------------
@@ -179,16 +417,26 @@ def test_a_checkpoint_whose_device_is_not_here_resumes_on_another(launch, tiny):
 
 def test_a_checkpoint_is_nanogpts_with_more_keys(launch, tiny):
     launch(train, *TINY, "--max_iters=3")
-    checkpoint = load("out/ckpt.pt")
+    saved = load("out/ckpt.pt")
     keys = {"model", "optimizer", "model_args", "iter_num", "best_val_loss", "config"}
-    more = {"tokenizer", "data", "scaler", "gelu_tanh", "wandb_id", "watch"}
-    assert checkpoint.keys() == keys | more
+    more = {
+        "tokenizer",
+        "data",
+        "scaler",
+        "gelu_tanh",
+        "wandb_id",
+        "best_step",
+        "bad_steps",
+        "threads",
+    }
+    assert saved.keys() == keys | more
     fields = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
-    assert checkpoint["model_args"].keys() == fields
-    assert checkpoint["iter_num"] == 3 and checkpoint["config"]["n_embd"] == 32
-    assert checkpoint["tokenizer"] == read_meta(tiny / "data" / "tiny")
-    assert not any(name.startswith("_orig_mod.") for name in checkpoint["model"])
-    assert checkpoint["best_val_loss"] == min(e["val/loss"] for e in log("out") if "val/loss" in e)
+    assert saved["model_args"].keys() == fields
+    assert saved["iter_num"] == 3 and saved["config"]["n_embd"] == 32
+    assert saved["tokenizer"] == read_meta(tiny / "data" / "tiny")
+    assert saved["best_val_loss"] == min(e["val/loss"] for e in log("out") if "val/loss" in e)
+    launch(train, *TINY, *RECIPE, "--max_iters=1")
+    assert load("out/ckpt.pt")["model_args"].keys() == fields | {"position", "rms_norm", "tied"}
 
 
 @pytest.mark.parametrize(
@@ -197,71 +445,47 @@ def test_a_checkpoint_is_nanogpts_with_more_keys(launch, tiny):
         {},
         {"device": "cuda", "dtype": "float16", "compile": True, "backend": "nccl"},
         {"device": "mps", "dtype": "float16", "compile": False},
-        {"device": "cpu", "dtype": "float16", "compile": True},  # nanoGPT's default dtype there
     ],
 )
-def test_a_checkpoint_of_nanogpt_resumes_at_its_step_with_its_optimizer(launch, tiny, machine):
+def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer_and_is_sampled(
+    launch, tiny, monkeypatch, machine
+):
     vocab_size = read_meta(tiny / "data" / "tiny")["vocab_size"]
     weights = nanogpt_checkpoint("theirs", vocab_size, **machine)
-    resume = "--init_from=resume", "--out_dir=theirs"
-    launch(train, *resume)  # which writes what it read, as the best model so far
-    kept = load("theirs/best.pt")
-    assert kept["iter_num"] == 7 and kept["config"]["compile"] == "auto"
-    for name, tensor in weights.items():
-        assert torch.equal(kept["model"][name], tensor)
-    assert all(s["step"] == 7 for s in kept["optimizer"]["state"].values())
-    assert all((s["exp_avg"] == 0.01).all() for s in kept["optimizer"]["state"].values())
-    assert all((s["exp_avg_sq"] == 0.02).all() for s in kept["optimizer"]["state"].values())
-    assert "iter 7: loss" in launch(train, *resume, "--max_iters=9")
+    here = "--device=cpu", "--dtype=float32"
+    monkeypatch.setattr(sample, "ROOT", tiny)  # of its dataset's meta.pkl
+    out = launch(sample, "--out_dir=theirs", "--num_samples=2", "--max_new_tokens=20", *here)
+    assert out.count("---------------") == 2
+    with monkeypatch.context() as patch:
+        find_losses(patch, 1.0)  # the best so far, so it is saved
+        launch(train, "--init_from=resume", "--out_dir=theirs", "--compile=False", *here)
+    saved = load("theirs/ckpt.pt")
+    assert saved["iter_num"] == 7 and saved["config"]["backend"] == "nccl"
+    assert all(torch.equal(saved["model"][name], tensor) for name, tensor in weights.items())
+    for moments in saved["optimizer"]["state"].values():
+        assert moments["step"] == 7
+        assert (moments["exp_avg"] == 0.01).all() and (moments["exp_avg_sq"] == 0.02).all()
+    assert "iter 7: loss" in launch(
+        train, "--init_from=resume", "--out_dir=theirs", "--max_iters=9"
+    )
     assert load("theirs/ckpt.pt")["optimizer"]["state"][0]["step"] == 9
 
 
-def test_a_checkpoint_of_nanogpt_is_sampled_from(launch, tiny, monkeypatch):
-    monkeypatch.setattr(sample, "ROOT", tiny)  # where its dataset's meta.pkl is
-    nanogpt_checkpoint("theirs", read_meta(tiny / "data" / "tiny")["vocab_size"])
-    out = launch(sample, "--out_dir=theirs", "--num_samples=2", "--max_new_tokens=20", "--start=1")
-    assert out.count("---------------") == 2
-
-
-def as_older_code_wrote_it(path, **config):
-    """Rewrite a checkpoint: without digests, with gelu_tanh among the model's arguments."""
-    saved = load(path)
-    gelu_tanh = saved.pop("gelu_tanh")
-    del saved["data"], saved["watch"]
-    if gelu_tanh:
-        saved["model_args"]["gelu_tanh"] = True
-    added = "auto_resume", "checkpoint_file", "new_data", "fast_parts"
-    settings = {name: value for name, value in saved["config"].items() if name not in added}
-    saved["config"] = settings | config
-    keys = "model optimizer scaler model_args iter_num best_val_loss config tokenizer wandb_id"
-    assert saved.keys() == set(keys.split())
-    torch.save(saved, path)
-
-
-@pytest.mark.parametrize("gelu_tanh", [False, True])
-def test_a_checkpoint_of_older_code_resumes_exactly(launch, tiny, monkeypatch, gelu_tanh):
-    monkeypatch.setattr(train, "GPTConfig", partial(GPTConfig, gelu_tanh=gelu_tanh))
-    launch(train, *FULL, "--max_iters=8", "--out_dir=straight")
-    launch(train, *FULL, "--max_iters=4")
-    monkeypatch.undo()
-    monkeypatch.setattr(train, "ROOT", tiny)
-    monkeypatch.chdir(tiny)
-    Path("out/best.pt").unlink()  # which it did not keep
-    as_older_code_wrote_it("out/ckpt.pt")
-    launch(train, "--init_from=resume", "--max_iters=8")
-    assert_same_runs("straight", "out")
-    assert load("out/ckpt.pt")["gelu_tanh"] is gelu_tanh
-    assert load("out/best.pt")["iter_num"] in (4, 8)  # the better of those it saw
-
-
-def test_a_newest_model_of_older_code_is_not_taken_for_its_best(launch, tiny, monkeypatch):
-    launch(train, *TINY, "--max_iters=2")
-    Path("out/best.pt").unlink()
-    as_older_code_wrote_it("out/ckpt.pt")
-    saved = load("out/ckpt.pt")
-    saved["best_val_loss"] = 1.0  # of a model that it wrote over
-    torch.save(saved, "out/ckpt.pt")
-    monkeypatch.setattr(train, "evaluate", lambda *a: {"train": 1.0, "val": 2.0})
-    launch(train, "--init_from=resume", "--max_iters=4", "--always_save_checkpoint=False")
-    best = load("out/ckpt.pt")
-    assert (best["iter_num"], best["best_val_loss"]) == (4, 2.0)
+def test_a_folder_of_the_older_layout_resumes_from_its_newest_state(launch, tiny, monkeypatch):
+    """Until 2026-11 the newest state was last.pt, and ckpt.pt the best, if only that was kept."""
+    options = *FULL, *RECIPE, "--eval_interval=2"
+    launch(train, *options, "--max_iters=8", "--out_dir=straight")
+    launch(train, *options, "--max_iters=4")
+    os.rename("out/ckpt.pt", "out/last.pt")
+    older = load("out/last.pt")
+    for name in ("best_step", "bad_steps", "threads"):
+        del older[name]
+    older["watch"] = {"recent": [1.0], "skipped": 0}
+    older["config"] |= {"rollbacks": 0, "fast_parts": True, "save_interval": 0.0}
+    torch.save(older, "out/last.pt")
+    shutil.copy("straight/best.pt", "out/ckpt.pt")
+    assert "steps: 4 to 8" in launch(train, "--init_from=resume", "--max_iters=8")
+    assert_equal(load("straight/ckpt.pt"), load("out/ckpt.pt"))
+    assert losses("straight") == losses("out")
+    assert files("out/previous/1") == ["best.pt", "ckpt.pt", "last.pt", "log.jsonl"]
+    assert files("out") == ["best.pt", "ckpt.pt", "log.jsonl", "previous"]

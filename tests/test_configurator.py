@@ -78,13 +78,16 @@ def test_an_argument_becomes_a_value_of_the_type_of_its_setting(configure, argum
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        (["--cuont=1"], "error: unknown setting 'cuont': did you mean count?"),
-        (["--zzz=1"], "error: unknown setting 'zzz': --help lists them all"),
-        (["--__name__=x"], "error: unknown setting '__name__': did you mean name?"),
-        (["--HIDDEN=x"], "error: unknown setting 'HIDDEN': --help lists them all"),
+        (["--cuont=1"], "error: unknown setting 'cuont', the closest is count; --help lists all"),
+        (["--zzz=1"], "error: unknown setting 'zzz', the closest is rate; --help lists all"),
+        (
+            ["--__name__=x"],
+            "error: unknown setting '__name__', the closest is name; --help lists all",
+        ),
+        (["--HIDDEN=x"], "error: unknown setting 'HIDDEN', the closest is rate; --help lists all"),
         (["--count=1.5"], "error: count must be int, got 1.5"),
         (["--count=many"], "error: count must be int, got 'many'"),
-        (["--count"], "error: --count needs a value"),
+        (["--count"], "error: count must be int, got ''"),
         (["--count=None"], "error: count must be int, got None"),
         (["--rate=fast"], "error: rate must be float, got 'fast'"),
         (["--rate=nan"], "error: rate must be float, got 'nan'"),
@@ -92,10 +95,12 @@ def test_an_argument_becomes_a_value_of_the_type_of_its_setting(configure, argum
         (["--most=x"], "error: most must be int or None, got 'x'"),
         (["count=1"], "error: no config file 'count=1'; a setting is given as --key=value"),
         (["no.py"], "error: no config file 'no.py'; a setting is given as --key=value"),
-        (["--count=x", "--flag=x"],
-         "error: count must be int, got 'x'\nerror: flag must be bool, got 'x'"),
+        (
+            ["--count=x", "--flag=x"],
+            "error: count must be int, got 'x'\nerror: flag must be bool, got 'x'",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_gets_its_line(configure, arguments, line):
     with pytest.raises(SystemExit) as stop:
         configure(*arguments)
@@ -105,16 +110,21 @@ def test_a_mistake_gets_its_line(configure, arguments, line):
 @pytest.mark.parametrize(
     "content, line",
     [
-        ("cuont = 1", "error: c.py: unknown setting 'cuont': did you mean count?"),
+        (
+            "cuont = 1",
+            "error: c.py: unknown setting 'cuont', the closest is count; --help lists all",
+        ),
         ("count = 'a'", "error: c.py: count must be int, got 'a'"),
         ("name = 1", "error: c.py: name must be str, got 1"),
         ("flag = 1", "error: c.py: flag must be bool, got 1"),
-        ("count = 1.5\nrate = 'x'", "error: c.py: rate must be float, got 'x'\n"
-                                     "error: c.py: count must be int, got 1.5"),
-        ("count = 1 +", "error: c.py: SyntaxError: invalid syntax (c.py, line 1)"),
-        ("count = 1 / 0", "error: c.py: ZeroDivisionError: division by zero"),
+        (
+            "count = 1.5\nrate = 'x'",
+            "error: c.py: rate must be float, got 'x'\nerror: c.py: count must be int, got 1.5",
+        ),
+        ("count = 1 +", "error: c.py: invalid syntax (c.py, line 1)"),
+        ("count = 1 / 0", "error: c.py: division by zero"),
     ],
-)  # fmt: skip
+)
 def test_a_mistake_in_a_config_file_gets_its_line(configure, tmp_path, content, line):
     (tmp_path / "c.py").write_text(content)
     with pytest.raises(SystemExit) as stop:
@@ -138,7 +148,9 @@ def test_the_last_word_wins_between_files_and_flags(configure, tmp_path):
     assert configure("c.py", "--count=1")["rate"] == 2.5
 
 
-def test_a_config_file_is_found_beside_the_script_from_any_folder(configure, tmp_path, monkeypatch):
+def test_a_config_file_is_found_next_to_the_script_from_any_folder(
+    configure, tmp_path, monkeypatch
+):
     (tmp_path / "c.py").write_text("count = 10")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
@@ -151,38 +163,20 @@ def test_help_lists_each_setting_under_its_heading(configure, capsys):
     shown = capsys.readouterr().out
     assert not stop.value.code
     assert shown.startswith("A script.")
-    first, second = shown.index("\nFirst\n"), shown.index("\nSecond\n")
-    assert first < shown.index("--rate=0.5") < second < shown.index("--most=None")
+    first, second = shown.index("\n# First\n"), shown.index("\n# Second\n")
+    assert first < shown.index("rate = 0.5 ") < second < shown.index("most: int | None = None ")
     assert shown.count("per second") == 1 and "HIDDEN" not in shown
 
 
-def test_a_resumed_run_takes_the_saved_settings_except_for_flags(configure, tmp_path):
-    (tmp_path / "c.py").write_text("rate = 0.25")
-    config = configure("c.py", "--count=7", "--name=here")
-    saved = {"count": 9, "rate": 0.75, "name": "there", "flag": True, "unknown": 1}
-    lines = configurator.take_over(config, saved, keep=("name",))
-    assert config == {**config, "count": 7, "rate": 0.75, "name": "here", "flag": True}
-    assert lines == ["rate: stays 0.75; only --rate=0.25 changes it", "count: 9 -> 7"]
-    with pytest.raises(ValueError, match="^rate must be float, got 'fast'$"):
-        configurator.take_over(config, {"rate": "fast"}, keep=())
-
-
-def test_the_table_of_ranges_bounds_numbers(configure):
-    configure.namespace["RANGES"] = {"rate": (0, 1), "count": (1, 100), "most": (0, 10)}
+def test_a_value_that_is_not_allowed_gets_its_line(configure):
+    configure.namespace["ALLOWED"] = {"rate": (0, 1), "count": (1, 100), "most": (0, 10)}
+    configure.namespace["ALLOWED"]["mode"] = ["auto", True, False]
     assert configure("--rate=0", "--count=99", "--most=None")["count"] == 99
     with pytest.raises(SystemExit) as stop:
-        configure("--rate=1", "--count=0", "--most=-1")
+        configure("--rate=1", "--count=0", "--most=-1", "--mode=other")
     assert stop.value.code == (
-        "error: rate=1.0 must be below 1\n"
-        "error: count=0 must be at least 1\n"
-        "error: most=-1 must be at least 0"
+        "error: rate=1.0 must be at least 0 and below 1\n"
+        "error: count=0 must be at least 1 and below 100\n"
+        "error: most=-1 must be at least 0 and below 10\n"
+        "error: mode='other': choose one of ['auto', True, False]"
     )
-
-
-def test_a_default_may_use_another_setting(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", ["other.py"])
-    source = "# First\nrate = 0.5  # per second\nslow = rate / 10  # at least\n"
-    (tmp_path / "other.py").write_text(source)
-    namespace = {"__file__": str(tmp_path / "other.py"), "__doc__": ""}
-    exec(source, namespace)
-    assert configurator.configure(namespace) == {"rate": 0.5, "slow": 0.05}

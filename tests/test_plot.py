@@ -1,7 +1,6 @@
-"""tools/plot.py: what it reads from log.jsonl, and that it draws it."""
+"""tools/plot.py: the curves that it reads from log.jsonl, and the pictures that it draws."""
 
 import json
-import math
 
 import pytest
 from conftest import TINY
@@ -9,101 +8,70 @@ from conftest import TINY
 import train
 from tools import plot
 
-SETTINGS = {"iter": 0, "settings": {}}
+pytest.importorskip("matplotlib")
+START = {"iter": 0, "settings": {}}
+EVALUATION = {"iter": 0, "train/loss": 3.0, "val/loss": 3.5}
 
 
-@pytest.fixture(autouse=True)
-def against_steps(monkeypatch):
-    monkeypatch.setattr(plot, "x", "steps")
+def step(number, **figures):
+    return {"iter": number, "loss": 2.0, "ms": 500.0, "tokens": 100 * (number + 1), **figures}
 
 
-def write(folder, *entries):
+def write(folder, *lines):
+    """Write lines as the log of a run; return its folder."""
     folder.mkdir()
-    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
     (folder / "log.jsonl").write_text(text, encoding="utf-8")
     return folder
 
 
-def made(step, loss=1.0, ms=500.0):
-    return {"iter": step, "loss": loss, "ms": ms, "tokens_per_second": 100.0}
+@pytest.mark.parametrize(
+    "axis, places, place_of_evaluation",
+    [("steps", [0, 10], 11), ("tokens", [100, 1100], 1100), ("seconds", [0.5, 2.5], 2.5)],
+)
+def test_the_axis_counts_training_only(tmp_path, monkeypatch, axis, places, place_of_evaluation):
+    monkeypatch.setattr(plot, "x", axis)
+    later = {**EVALUATION, "iter": 11}
+    run = plot.Run(write(tmp_path / "a", START, EVALUATION, step(0), step(10, ms=200.0), later))
+    assert run.curve("loss") == (places, [2.0, 2.0])
+    assert run.curve("val/loss") == ([0, place_of_evaluation], [3.5, 3.5])
 
 
-def test_a_run_is_read_with_its_resumes_gaps_and_what_was_not_finite(tmp_path):
-    steps = [made(step) for step in (0, 1, 2, 3, 20, 21, 22, 30, 40, 50)]  # the interval changed
-    steps[1]["loss"] = None
-    again = {"iter": 21, "settings": {}}
-    run = plot.Run(write(tmp_path / "a", SETTINGS, *steps[:5], again, *steps[5:]))
-    places, values = run.curve("loss")
-    assert places == [0, 1, 2, 3, 3, 20, 21, 22, 30, 40, 50] and run.resumed == [21]
-    assert [at for at, value in enumerate(values) if math.isnan(value)] == [1, 4]
+def test_a_resume_is_marked_and_a_last_line_may_be_incomplete(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "x", "steps")
+    lines = START, EVALUATION, step(0), {**START, "iter": 1}, step(1, loss=None)
+    with open(write(tmp_path / "a", *lines) / "log.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"iter": 2, "lo')
+    run = plot.Run(tmp_path / "a")
+    assert run.resumes == [1]
+    assert run.curve("loss") == ([0, 1], [2.0, None])
 
 
-def test_steps_tokens_and_seconds_add_up_whatever_the_interval(tmp_path, monkeypatch):
-    entries = SETTINGS, made(0), made(10, ms=200.0), {"iter": 10, "val/loss": 2.0}
-    folder = write(tmp_path / "a", *entries)
-    for axis, expected in ("steps", [0, 10]), ("seconds", [0.5, 2.5]), ("tokens", [50, 250]):
-        monkeypatch.setattr(plot, "x", axis)
-        run = plot.Run(folder)
-        assert run.curve("loss")[0] == pytest.approx(expected)
-        assert run.curve("val/loss")[0] == pytest.approx(expected[-1:])
-
-
-def test_a_last_line_may_be_half_written_and_no_other(tmp_path):
-    path = write(tmp_path / "a", SETTINGS, made(0)) / "log.jsonl"
-    path.write_text(path.read_text() + '{"iter": 1, "lo')
-    assert len(plot.Run(path).entries) == 2
-    path.write_text(path.read_text() + "\n{}")
-    with pytest.raises(ValueError, match="log.jsonl, line 3: no line of a log"):
-        plot.Run(path)
-
-
-def test_runs_are_drawn_over_one_another_with_health_where_it_was_logged(launch, tiny):
-    pytest.importorskip("matplotlib")
-    options = [*TINY, "--eval_interval=2", "--health_interval=2"]
-    launch(train, *options, "--max_iters=4", "--out_dir=a")
-    launch(train, "--init_from=resume", "--out_dir=a", "--max_iters=8")
-    launch(train, *TINY, "--max_iters=1", "--out_dir=b")
-    assert launch(plot, "--runs=a", "--picture=a.png") == "a.png: a\n"
-    assert launch(plot, "--runs=a/log.jsonl,b", "--x=tokens", "--picture=b.svg") == "b.svg: a, b\n"
-    assert (tiny / "a.png").read_bytes().startswith(b"\x89PNG")
-    drawn = (tiny / "b.svg").read_text()
-    assert "a, best " in drawn.replace("<!-- ", "") and "tokens per second" in drawn
-    assert "h.1" in drawn and "update / weight" in drawn
-
-
-def test_a_terminal_gets_text(launch, tiny):
-    pytest.importorskip("uniplot")
-    for name in ("a", "b"):
-        launch(train, *TINY, "--max_iters=4", "--eval_interval=2", f"--out_dir={name}")
-    shown = launch(plot, "--runs=a,b", "--terminal=True")
-    assert "loss against steps" in shown and " a " in shown and " b" in shown
-    launch(train, *TINY, "--max_iters=1", "--out_dir=c")
-    assert "loss against steps" in launch(plot, "--runs=c", "--terminal=True")
-
-
-def test_a_run_that_went_bad_is_drawn(launch, tiny):
-    pytest.importorskip("matplotlib")
-    bad = {"iter": 2, "weight_norm/h.0": 1.0, "update_ratio/h.0": None, "grad_norm/h.0": None}
-    write(tiny / "a", SETTINGS, made(0), made(1), made(2, loss=None), bad)
-    launch(plot, "--runs=a , a", "--picture=a.png")
+def test_runs_are_drawn_with_the_norms_of_their_blocks(launch, tiny):
+    """The second has no finite numbers."""
+    launch(train, *TINY, "--max_iters=4", "--health_interval=2", "--out_dir=a")
+    norms = {"weight_norm/h.0": None, "grad_norm/h.0": None}
+    write(tiny / "b", START, {**EVALUATION, "val/loss": None}, step(0, loss=None, **norms))
+    assert launch(plot, "--runs=a,b", "--picture=ab.svg", "--x=tokens") == "ab.svg: a,b\n"
+    drawn = (tiny / "ab.svg").read_text(encoding="utf-8")
+    labels = "loss in nats per token", "gradient norm", "learning rate", "weight_norm/h.1", "b: log"
+    assert [label for label in labels if label not in drawn] == []
 
 
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        (["--runs=nowhere"], "{}/nowhere: No such file or directory"),
-        (["--runs=bad", "--terminal=True"], "a run has no finite losses to draw yet"),
-        (["--runs=a", "--x=time"], "x=time: choose steps, tokens or seconds"),
-        (["--runs=empty"], "{}/empty/log.jsonl holds no losses yet"),
+        (["--runs=nowhere"], "nowhere/log.jsonl: No such file or directory"),
+        (["--runs=damaged"], "damaged/log.jsonl: Expecting value: line 1 column 1"),
+        (["--runs=empty"], "empty/log.jsonl holds no evaluation yet"),
+        (["--runs=a", "--x=time"], "x='time': choose one of .'steps', 'tokens', 'seconds'."),
         (["--runs=a", "--picture=a.xyz"], "a.xyz: Format 'xyz' is not supported"),
         (["--runs=a", "--picture=no/a.png"], "no/a.png: No such file or directory"),
     ],
 )
 def test_a_mistake_gets_its_line(launch, tiny, arguments, line):
-    pytest.importorskip("matplotlib")
-    write(tiny / "a", SETTINGS, made(0))
-    write(tiny / "empty", SETTINGS)
-    write(tiny / "bad", SETTINGS, made(0, loss=None))
-    with pytest.raises(SystemExit) as fault:
+    write(tiny / "a", START, EVALUATION)
+    write(tiny / "empty", START)
+    (write(tiny / "damaged") / "log.jsonl").write_text("?\n")
+    with pytest.raises(SystemExit, match=f"^error: {line}"):
         launch(plot, *arguments)
-    assert str(fault.value).startswith(f"error: {line.replace('{}', str(tiny))}")

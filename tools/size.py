@@ -1,197 +1,172 @@
-"""What a training command will take, before anything is trained.
+"""Parameters, FLOPs, memory, time and price of a training command, before you run it.
 
-    python tools/size.py config/train_gpt2.py --gpus=8 --gpu=H100
-    python tools/size.py config/train_shakespeare_char.py --gpu=cpu
-    python tools/size.py config/train_gpt2.py --gpus=8 --picture=scaling.png
+    python tools/size.py config/train_gpt2.py --gpus=8 --gpu=H100 --price=2.5
+    python tools/size.py config/train_shakespeare_char.py --gpu=cpu --gpu_memory=16
 
-Takes the settings of train.py and its config files. Sizes, FLOPs and the laws are arithmetic, of
-engine/size.py; time, energy and price follow from the share of the peak that you expect to reach.
+Takes train.py's settings and config files. A scaling law predicts the loss. If the dataset is not
+prepared, the vocabulary is GPT-2's. Tests compare the FLOPs, and the activations a block keeps,
+with PyTorch's own counts.
 """
 
+import re
 import sys
 from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import train  # noqa: E402
-from configurator import configure  # noqa: E402
-from data.batches import StepSizes  # noqa: E402
-from data.tokenizer import GPT2, read_meta  # noqa: E402
-from data.tokens import TokenFile, files_of  # noqa: E402
-from engine.process import (  # noqa: E402
-    UserError,
-    import_extra,
-    one_line_errors,
-    user_error,
-    user_path,
-)
-from engine.runtime import PEAKS  # noqa: E402
-from engine.size import (  # noqa: E402
-    LAWS,
-    best_size,
-    best_tokens,
-    forward_flops,
-    memory,
-    parameters,
-    peak,
-    predicted_loss,
-)
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import train
+from configurator import configure
+from data.batches import tokens_until
+from data.tokenizer import read_meta
+from data.tokens import TokenFile
+from engine.kernels import CHUNK
+from engine.process import one_line_errors
+from engine.runtime import PEAKS
 
 # Hardware
-gpus = 1                          # processes, each with a GPU of its own
-gpu = "A100"                      # a card that the program knows, or cpu
-gpu_memory: float | None = None   # GB of each; None: as its data sheet says
-tflops: float | None = None       # dense peak of each; None: as its data sheet says
-mfu = 0.4                         # share of that peak you expect; nanoGPT reached 0.37 on an A100
-watts: float | None = None        # power of each; None: as its data sheet says
+gpus = 1                          # processes, with one GPU each
+gpu = "A100"                      # a card, such as H100 or RTX 4090, or cpu
+gpu_memory = 80.0                 # GB of each
+mfu = 0.4                         # share of its peak that you expect; nanoGPT reached 0.37
 price = 0.0                       # of an hour of each, in your currency
-# Output
-picture = ""                      # file for a picture of the scaling laws, such as scaling.png
 
-RANGES = {
-    "gpus": (1, 2**20),
-    "gpu_memory": (0, 2**20),
-    "tflops": (0, 2**31),
-    "mfu": (0, 1),
-    "watts": (0, 2**20),
-    "price": (0, 2**31),
-}
-CARDS = {  # card -> GB of memory, watts, from data sheets
-    "B200": (180, 1000), "H200": (141, 700), "H100 PCIe": (80, 350), "H100 NVL": (94, 400),
-    "H100": (80, 700), "A100": (80, 400), "A6000": (48, 300), "A10G": (24, 300), "A10": (24, 150),
-    "L40S": (48, 350), "L4": (24, 72), "RTX 5090": (32, 575), "RTX 4090": (24, 450),
-    "RTX 3090": (24, 350), "V100": (32, 300), "T4": (16, 70),
-}  # fmt: skip
+ALLOWED = {"gpus": (1, 1_000_000), "gpu": ["cpu", *PEAKS], "init_from": ["scratch"]}
 
 
 def build(config):
-    """Return the model that the settings describe, on the meta device, and its dataset's tokens.
-
-    The tokens are None where the dataset is not prepared, and the vocabulary then GPT-2's.
-    """
-    if train.init_from != "scratch":
-        raise UserError(f"init_from={train.init_from}: give --n_layer, --n_head, --n_embd instead")
-    folder, tokens, meta = ROOT / "data" / train.dataset, None, GPT2
-    if files_of(folder / "train.bin")[0].exists():
-        meta = read_meta(folder)
-        tokens = len(TokenFile(folder / "train.bin", meta, block_size=1).ids)
+    """Return the model that the settings describe, on the meta device: it takes no memory."""
+    meta = read_meta(train.ROOT / "data" / config["dataset"])
     with torch.device("meta"):
-        return train.build_model(None, meta, config, "meta"), tokens
+        return train.build_model(None, meta, config)
 
 
-def gigabytes(count):
-    return f"{count / 1e9:,.2f} GB"
+def parameters(model):
+    """Return {name: number of parameters, added up over the blocks}. A tied head is the wte."""
+    counts = {}
+    for name, parameter in model.named_parameters():
+        part = re.sub(r"\.\d+", "", name)  # without the number of the block
+        counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
 
 
-def print_parameters(model):
-    counts, total = parameters(model), model.get_num_params(non_embedding=False)
-    print(f"parameters: {total:,}, {model.get_num_params():,} without the position table")
-    for part, count in counts.items():
-        print(f"  {part:34}{count:>18,}  {count / total:6.1%}")
+# --- memory --------------------------------------------------------------------------------------
 
 
-def print_flops(model):
-    flops = forward_flops(model)
-    total = sum(flops.values())
-    print(f"FLOPs: {model.flops_per_token():,} per token, forward and backward (6N + 12LCT)")
-    for product, count in flops.items():
-        print(f"  {product:34}{count:>18,}  {count / total:6.1%}")
-    print(f"  {'a forward pass, per sequence':34}{total:>18,}")
+def state_bytes(model, config):
+    """Return the bytes of the weights and of the optimizer's moments. A checkpoint holds both."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    moments = 8 * count
+    if config["optimizer"] == "muon":  # one moment of the blocks' matrices instead of two
+        moments -= 4 * 12 * model.config.n_layer * model.config.n_embd**2
+    return 4 * count, moments
 
 
-def print_memory(model, config, number_bytes, available):
-    """Print what a step holds, and whether it fits: as set, and in the ways that take less."""
-    print(f"memory, at micro-batches of {train.batch_size} x {train.block_size} tokens:")
-    sizes = memory(model, config, number_bytes, gpus, gpu == "cpu")
-    for what, size in sizes.items():
-        print(f"  {what:34}{gigabytes(size):>18}")
-    ways = {"as set": {}, "with --activation_checkpointing": {"activation_checkpointing": True}}
-    if gpus > 1:
-        ways["with --fsdp"] = {"fsdp": True}
-        ways["with both"] = {"fsdp": True, "activation_checkpointing": True}
-    for way, changes in ways.items():
-        most = peak(memory(model, config | changes, number_bytes, gpus, gpu == "cpu"), config, gpus)
-        fits = f", of {gigabytes(available)}" if most < available else ": DOES NOT FIT"
-        print(f"  {'at most, ' + way:34}{gigabytes(most):>18}{fits if available else ''}")
-    whole = memory(model, config | {"fsdp": False}, number_bytes)
-    cache = 2 * train.n_layer * train.n_embd * number_bytes
-    print(f"checkpoint: {gigabytes(whole['weights'] + whole['optimizer'])}")
-    print(f"cache in sampling: {cache:,} bytes per token and sample")
+def activation_bytes(shape, number_bytes):
+    """Return the bytes per token, layer and channel that a block keeps for the backward pass.
 
-
-def print_time(model, config, flops, power, tokens):
-    """Print the tokens of the run, and time and price at `flops` per second and `power` watts.
-
-    Returns the tokens; `tokens` are those of the dataset, None where it is not prepared.
+    `number_bytes` is the size of a number in matrix products: 4, or 2 for 16 bits. This counts 36
+    for GPT-2 in 16 bits, Korthikanti et al. (arXiv:2205.05198) 34 with a residual stream in 16
+    bits. Dropout keeps more.
     """
-    seen = StepSizes(config).tokens_until(train.max_iters)
-    epochs = f", {seen / tokens:.2f} epochs of {train.dataset}" if tokens else ""
-    print(f"tokens: {seen:,} in {train.max_iters:,} steps{epochs}")
-    rate = mfu * gpus * flops / model.flops_per_token()
-    if rate:
-        hours = seen / rate / 3600
-        print(f"time: {hours:,.2f} hours at {mfu:.0%} of {gpus} x {flops / 1e12:,.0f} TFLOP/s")
-        energy = f"{hours * gpus * power / 1000:,.1f} kWh"
-        print(f"  {rate:,.0f} tokens/s, {energy}, price {hours * gpus * price:,.2f}")
-    return seen
+    kept = 8 + 14 * number_bytes  # 8: the two norms keep their float32 inputs
+    if shape.position == "rotary" or shape.rms_norm:
+        kept += 8 + 3 * number_bytes  # queries and keys before and after, attention's output
+    return kept
 
 
-def print_laws(model, seen):
-    """Print what scaling laws say; they were fitted to models trained with AdamW on web text."""
+def memory(model, config, number_bytes):
+    """Return {part: bytes} of a training step in each process. Their sum estimates the peak.
+
+    Not counted: masks of dropout, attention weights with dropout on a CPU, and the blocks that FSDP
+    gathers for a moment. A CPU process also holds Python and PyTorch, about 0.35 GB, and freed
+    memory that the C library keeps in pieces.
+    """
+    shape = model.config
+    weights, moments = state_bytes(model, config)
+    if config["fsdp"]:
+        weights //= gpus
+        moments //= gpus
+    sequences = config["batch_size"] // max(1, gpus // config["gradient_accumulation_steps"])
+    tokens = sequences * shape.block_size
+    stream = tokens * shape.n_embd  # numbers in the residual stream
+    block = stream * activation_bytes(shape, number_bytes)
+    activations = shape.n_layer * block
+    gradients = stream * (20 + 12 * number_bytes)  # within a block
+    if config["activation_checkpointing"]:
+        activations = shape.n_layer * stream * 4
+        gradients += block
+    if number_bytes == 4 and config["compile"] is not True:
+        tokens = min(tokens, CHUNK)  # the loss is computed in chunks
+    logits = tokens * shape.vocab_size * (4 + number_bytes)
+    return {
+        "weights": weights,
+        "weights in 16 bits": weights * (4 - number_bytes) // 4,
+        "gradients": weights,
+        "optimizer": moments,
+        "activations": activations,
+        "gradients of activations, or logits": max(gradients, logits),
+    }
+
+
+# --- scaling law ---------------------------------------------------------------------------------
+
+
+def predicted_loss(count, tokens):
+    """Return the loss in nats of `count` parameters trained on `tokens`, of web text with AdamW.
+
+    Besiroglu et al. (arXiv:2404.10102) fitted it to the runs of Hoffmann et al. (arXiv:2203.15556).
+    """
+    return 1.8172 + 482.01 / count**0.3478 + 2085.43 / tokens**0.3658
+
+
+# --- report --------------------------------------------------------------------------------------
+
+
+def report(title, figures):
+    """Print a line for each figure, a dict name -> number, below a title."""
+    print(title)
+    for name, figure in figures.items():
+        print(f"  {name:36}{round(figure, 2):>22,}")
+
+
+def report_memory(model, config, number_bytes):
+    """Print the bytes of a step, and if it fits with and without the settings that save memory."""
+    report("Bytes of a step in each process", memory(model, config, number_bytes))
+    for recompute in (False, True):
+        for fsdp in (False, True):
+            changed = config | dict(activation_checkpointing=recompute, fsdp=fsdp)
+            peak = sum(memory(model, changed, number_bytes).values()) / 1e9
+            verdict = "fits" if peak < gpu_memory else "DOES NOT FIT"
+            ways = f"activation_checkpointing={recompute} fsdp={fsdp}"
+            print(f"  {peak:.2f} GB with {ways}: {verdict} {gpu_memory} GB")
+
+
+def report_run(model, config, peak):
+    """Print tokens, epochs, time and price at a peak in TFLOP/s, and the predicted loss."""
     count = model.get_num_params()
-    best = f"{best_tokens(count):,.0f} tokens for this size (Hoffmann, approach 2)"
-    print(f"scaling laws, fitted to 70 million parameters and more:\n  compute-optimal: {best}")
-    for law in LAWS if seen else ():
-        size, tokens = best_size(law, 6 * count * seen)
-        loss, least = predicted_loss(law, count, seen), predicted_loss(law, size, tokens)
-        print(
-            f"  {law}: this run ends at {loss:.3f}; its compute would at {least:.3f}, "
-            f"with {size / 1e6:,.1f}M parameters and {tokens / 1e9:,.2f}B tokens"
-        )
+    tokens = tokens_until(config["max_iters"], config)
+    rate = mfu * gpus * peak * 1e12 / model.flops_per_token()
+    run = {"FLOPs per token, 6 N + 12 L C T": model.flops_per_token(), "tokens": tokens}
+    path = train.ROOT / "data" / config["dataset"] / "train.bin"
+    if path.exists():
+        run["epochs"] = tokens / TokenFile(path, read_meta(path.parent), block_size=1).count
+    if rate > 0:
+        run["tokens per second"] = rate
+        run["hours"] = tokens / rate / 3600
+        run["price"] = run["hours"] * gpus * price
+    run["bytes of a checkpoint"] = sum(state_bytes(model, config))
+    run["predicted loss"] = predicted_loss(count, tokens)
+    report("Run", run)
 
 
-def draw_laws(model, seen, path):
-    """Draw predicted losses against the number of parameters, at this compute and around it."""
-    plt = import_extra("matplotlib.pyplot", "plot")
-    count = model.get_num_params()
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for law, color in zip(LAWS, ("tab:orange", "tab:blue"), strict=True):
-        for factor, width in ((0.1, 0.7), (1, 2), (10, 0.7)):
-            budget = factor * 6 * count * seen
-            best, _ = best_size(law, budget)
-            sizes = [best * 10 ** (step / 20 - 1.5) for step in range(61)]
-            losses = [predicted_loss(law, size, budget / (6 * size)) for size in sizes]
-            axes.plot(sizes, losses, color=color, linewidth=width, label=law if width > 1 else "")
-            axes.plot(best, min(losses), "o", color=color, markersize=4)
-        axes.plot(count, predicted_loss(law, count, seen), "*", color=color, markersize=14)
-    axes.set(xscale="log", xlabel="parameters", ylabel="predicted loss, nats per token")
-    axes.set_title("star: this run; dot: the best size; thin: a tenth of its compute, ten times")
-    axes.legend(frameon=False)
-    with user_error(path, OSError, ValueError):  # no such folder; a format unknown to matplotlib
-        figure.savefig(path, dpi=110)
-
-
-@one_line_errors
+@one_line_errors()
 def main(config):
-    train.check_settings(config)
-    if gpu != "cpu" and gpu not in CARDS:
-        raise UserError(f"gpu={gpu}: choose cpu or one of {', '.join(CARDS)}")
-    model, tokens = build(config)
-    half = gpu != "cpu" if train.dtype == "auto" else train.dtype != "float32"
-    low_peak, full_peak = PEAKS.get(gpu, (0, 0))
-    card = [*CARDS.get(gpu, (0, 0)), low_peak if half else full_peak]
-    for at, given in enumerate((gpu_memory, watts, tflops)):
-        if given is not None:
-            card[at] = given
-    print_parameters(model)
-    print_flops(model)
-    print_memory(model, config, 2 if half else 4, 1e9 * card[0])
-    seen = print_time(model, config, 1e12 * card[2], card[1], tokens)
-    print_laws(model, seen)
-    if picture and seen:
-        draw_laws(model, seen, user_path(picture))
+    model = build(config)
+    is_float32 = gpu == "cpu" or config["dtype"] == "float32"
+    report("Parameters", parameters(model) | {"all but wpe": model.get_num_params()})
+    report_memory(model, config, 4 if is_float32 else 2)
+    report_run(model, config, PEAKS.get(gpu, (0, 0))[is_float32])
 
 
 if __name__ == "__main__":

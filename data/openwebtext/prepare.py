@@ -1,43 +1,56 @@
 """OpenWebText in GPT-2's tokens: about 9.04 billion to train on and 4.43 million to validate.
 
-    python data/openwebtext/prepare.py                                  # 8,013,769 documents
-    python data/openwebtext/prepare.py --limit=1000                     # reads no more than these
-    python data/openwebtext/prepare.py --input=docs.jsonl --limit=1000  # or .parquet, .txt, folder
+    python data/openwebtext/prepare.py                               # all 8,013,769 documents
+    python data/openwebtext/prepare.py --limit=1000                  # reads only the first 1,000
+    python data/openwebtext/prepare.py --input=FOLDER_OR_FILE        # a local copy
 
-Needs `pip install -e '.[openwebtext]'` and 18 GB. Of the files on the hub only the text is read, as
-a stream, and not kept. Stop it when you like: the same command goes on with the first part that is
-missing (data/documents.py). The commit that `revision` named at the first start is printed,
-recorded, and read to the end, wherever the branch moves meanwhile: that is what pins the data.
+Needs 18 GB. The files on the hub are read as a stream and not kept. You can stop at any time: the
+same command continues. The hub's branch may change, so its commit at the first start is printed,
+and used until the end.
 
-An end-of-text token follows each document. The documents to validate on and their order are
-nanoGPT's; those to train on are nanoGPT's too, in the order of the corpus.
+The same documents as in nanoGPT are held out for validation. Both splits keep the order of the
+corpus; nanoGPT shuffles them.
 """
 
+import math
 import sys
 from pathlib import Path
 
+import numpy as np
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import configure  # noqa: E402
-from data.documents import prepare_documents  # noqa: E402
-from engine.process import one_line_errors  # noqa: E402
+from configurator import configure
+from data.documents import prepare_documents
+from engine.process import one_line_errors
 
 # Input
-input: str | None = None            # local .parquet, .jsonl or .txt instead, a file or a folder
-revision = "refs/convert/parquet"   # branch or commit of the hub; the branch is made by the hub
-limit: int | None = None            # take only the first documents
+input: str | None = None            # .parquet, .jsonl, .json, .csv or .txt files instead of the hub
+column = "text"                     # the column that holds the text
+revision = "refs/convert/parquet"   # branch or commit of the hub, which makes this branch itself
+limit = 8_013_769                   # take only the first documents; the default is all of them
 # Output
-tokenizer = "gpt2"                  # bytes, bpe:SIZE, gpt2, or another of tiktoken's encodings
-num_proc: int | None = None         # threads that encode; None: one per core
+tokenizer = "gpt2"                  # bytes, bpe:SIZE, gpt2, or another encoding of tiktoken
 
-RANGES = {"limit": (2, 2**31), "num_proc": (1, 2**15)}
+ALLOWED = {"limit": (2, 2**31)}
 FOLDER = Path(__file__).resolve().parent
-REPOSITORY, PATTERN = "Skylion007/openwebtext", "plain_text/*/*.parquet"
-DOCUMENTS = 8_013_769  # in the whole corpus; the hub also delivers partial conversions
+REPOSITORY = "Skylion007/openwebtext"
+PATTERN = "plain_text/*/*.parquet"
 
 
-@one_line_errors
+def nanogpt_held_out(count):
+    """Return the numbers of the documents that nanoGPT holds out of `count` for validation.
+
+    The library `datasets` holds out the same with train_test_split(test_size=0.0005, seed=2357).
+    """
+    order = np.random.default_rng(2357).permutation(count)
+    return set(order[: math.ceil(0.0005 * count)].tolist())
+
+
+@one_line_errors()
 def main(config):
-    prepare_documents(FOLDER, config, REPOSITORY, PATTERN, expected=DOCUMENTS)
+    record = prepare_documents(FOLDER, config, REPOSITORY, PATTERN, nanogpt_held_out(limit))
+    if record.rows < limit:
+        print(f"note: there are only {record.rows:,} of {limit:,} documents")
 
 
 if __name__ == "__main__":

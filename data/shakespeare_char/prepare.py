@@ -1,23 +1,22 @@
 """Tiny Shakespeare, one token per character: 1,003,854 to train on and 111,540 to validate.
 
     python data/shakespeare_char/prepare.py
-    python data/shakespeare_char/prepare.py --input=PATH    # a copy, where there is no network
+    python data/shakespeare_char/prepare.py --input=PATH    # a copy, if there is no network
 """
 
 import hashlib
 import sys
 import urllib.request
-from http.client import HTTPException
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import configure  # noqa: E402
-from data.tokenizer import CharTokenizer, char_meta  # noqa: E402
-from data.tokens import write_dataset  # noqa: E402
-from engine.process import UserError, atomic, one_line_errors, user_error, user_path  # noqa: E402
+from configurator import configure
+from data.tokenizer import CharTokenizer, make_meta
+from data.tokens import write_dataset
+from engine.process import UserError, atomic, one_line_errors, user_error, user_path
 
 # Input
-input: str | None = None  # a copy of the corpus; None: input.txt in this folder, else downloaded
+input: str | None = None  # a copy of the corpus; None: input.txt in this folder, or a download
 
 FOLDER = Path(__file__).resolve().parent
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -25,40 +24,32 @@ SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
 def read_corpus(path, folder):
-    """Return Tiny Shakespeare from `path`, else from input.txt in `folder`, made if needed."""
-    kept = folder / "input.txt"
-    source = user_path(path) if path else kept
-    if not path and not kept.exists():
-        try:
-            with urllib.request.urlopen(URL, timeout=20) as response:
-                content = response.read()
-        except (OSError, HTTPException) as fault:  # the second where it is cut off
-            advice = f"offline, put a copy at {kept} or give --input=PATH"
-            raise UserError(f"cannot download {URL} ({fault}); {advice}") from None
-        check(content, URL)
-        with atomic(kept) as file:
-            file.write(content)
+    """Return Tiny Shakespeare from `path`, or else from input.txt in `folder`, or a download."""
+    source = user_path(path or folder / "input.txt")
+    if not path and not source.exists():
+        advice = f"offline, put a copy at {source} or give --input=PATH"
+        with user_error(f"cannot download {URL} ({advice})", Exception):
+            with urllib.request.urlopen(URL, timeout=20) as response, atomic(source) as file:
+                file.write(checked(response.read(), URL))
     with user_error(source, OSError):
-        content = source.read_bytes()
-    check(content, source)
-    return content.decode()
+        return checked(source.read_bytes(), source).decode()
 
 
-def check(content, source):
-    """Raise UserError unless the bytes are those of the corpus: not an error page, nor cut."""
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != SHA256:
-        raise UserError(f"{source} is not Tiny Shakespeare: its SHA-256 is {digest}, not {SHA256}")
+def checked(content, source):
+    """Return `content`. UserError if it is not the corpus, but an error page or a part of it."""
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise UserError(f"{source} is not Tiny Shakespeare: its SHA-256 is not {SHA256}")
+    return content
 
 
-@one_line_errors
+@one_line_errors()
 def main(config):
     text = read_corpus(input, FOLDER)
-    meta = char_meta(set(text))
+    meta = make_meta("char", [text])
     print(f"vocabulary: {meta['vocab_size']} characters")
-    tokenizer, cut = CharTokenizer(meta), int(0.9 * len(text))
-    splits = {"train": text[:cut], "val": text[cut:]}
-    write_dataset(FOLDER, meta, **{name: [tokenizer.encode(splits[name])] for name in splits})
+    ids = CharTokenizer(meta).encode(text)
+    cut = int(0.9 * len(ids))
+    write_dataset(FOLDER, meta, train=[ids[:cut]], val=[ids[cut:]])
 
 
 if __name__ == "__main__":
