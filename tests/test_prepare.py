@@ -84,7 +84,9 @@ def test_own_text_becomes_characters_and_its_last_tenth_validates(prepare):
 
 
 @pytest.mark.parametrize("tokenizer", ["bytes", "bpe:300", "bpe:9999", "gpt2"])
-def test_each_of_several_files_ends_with_an_end_of_text_token(prepare, tokenizer):
+def test_each_of_several_files_ends_with_an_end_of_text_token(prepare, tokenizer, request):
+    if tokenizer == "gpt2":
+        request.getfixturevalue("gpt2_files")
     files = {"a.txt": "one \n\n " * 99, "b.md": "<|endoftext|>two", "c.txt": "", "d.txt": "äö"}
     for name, text in files.items():
         Path(name).write_text(text)
@@ -110,7 +112,7 @@ def test_no_token_crosses_the_end_of_a_piece(monkeypatch, name):
 
 
 @pytest.mark.parametrize("text", ["a" * 10**6, " " * (2**20 + 5) + "a", "中文。" * 10**5])
-def test_a_long_text_without_words_is_encoded(text):
+def test_a_long_text_without_words_is_encoded(text, gpt2_files):
     tokenizer = BPETokenizer(GPT2)
     assert tokenizer.decode_bytes(tokenizer.encode(text)).decode() == text
 
@@ -135,7 +137,7 @@ def test_a_mistake_with_own_text_gets_one_line(prepare, arguments, line):
     assert stop.value.code.startswith(f"error: {line}") and "\n" not in stop.value.code
 
 
-def test_openwebtext_is_split_as_in_nanogpt(prepare):
+def test_openwebtext_is_split_as_in_nanogpt(prepare, gpt2_files):
     texts = [f"Document {index}." for index in range(2500)]
     Path("docs.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     prepare("openwebtext", "--input=docs.jsonl", "--limit=2500")

@@ -107,7 +107,7 @@ def test_characters_become_ids_and_back_and_unknown_ones_are_named():
         tokenizer.encode("1 + é")
 
 
-def test_gpt2_tokens_become_text_and_back():
+def test_gpt2_tokens_become_text_and_back(gpt2_files):
     tokenizer = make_tokenizer(GPT2)
     assert tokenizer.encode("Hello world<|endoftext|>") == [15496, 995, 50256]
     assert tokenizer.decode_bytes([15496, 995]) == b"Hello world"
