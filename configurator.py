@@ -21,7 +21,7 @@ from engine.process import reason
 
 Setting = namedtuple("Setting", "kinds default help")  # kinds: ["int", "None"]; help: its lines
 # An optional heading, then `name: kinds = default  # comment`.
-SETTING = re.compile(r"(?m)^(?:# .*\n)?([a-z]\w*)(?:: (.*?))? = (.*?) *# .*$")
+SETTING = re.compile(r"(?m)^(?:# .*\n)?([a-z]\w*)(?:: (.*?))? = (.*?) *(?:#.*)?$")
 
 
 class Config(dict):
@@ -55,18 +55,14 @@ class Config(dict):
             self[name] = value
 
     def value_faults(self):
-        """Return a line for each value that is not allowed."""
-        faults = []
+        """Yield a line for each value that is not allowed."""
         for name, allowed in self.allowed.items():
             value = self[name]
             if isinstance(allowed, list):
                 if value not in allowed:
-                    faults.append(f"{name}={value!r:.80}: choose one of {allowed}")
+                    yield f"{name}={value!r:.80}: choose one of {allowed}"
             elif value is not None and not allowed[0] <= value < allowed[1]:
-                faults.append(
-                    f"{name}={value} must be at least {allowed[0]} and below {allowed[1]}"
-                )
-        return faults
+                yield f"{name}={value} must be at least {allowed[0]} and below {allowed[1]}"
 
 
 def type_name(value):
@@ -82,28 +78,28 @@ def configure(namespace, *imported):
     settings = {}
     allowed = {}
     for script in (*imported, namespace):
-        settings |= read_settings(script["__file__"])
+        settings |= read_settings(script)
         allowed |= script.get("ALLOWED", {})
     config = Config(settings, allowed)
     if "--help" in sys.argv or "-h" in sys.argv:
         print(namespace["__doc__"], *(setting.help for setting in settings.values()), sep="\n")
         raise SystemExit
     read_arguments(config, sys.argv[1:], os.path.dirname(namespace["__file__"]))
-    if faults := config.faults or config.value_faults():
+    if faults := config.faults or [*config.value_faults()]:
         raise SystemExit("error: " + "\nerror: ".join(faults))
     for script in (namespace, *imported):
         script.update({name: config[name] for name in config if name in script})
     return config
 
 
-def read_settings(path):
-    """Return {name: Setting} of the script at `path`, in the order of its source."""
+def read_settings(script):
+    """Return {name: Setting} of a script, from its globals, in the order of its source."""
     settings = {}
-    with open(path, encoding="utf-8") as file:
-        top = file.read().partition("\ndef ")[0]
+    with open(script["__file__"], encoding="utf-8") as file:
+        top = re.split(r"\ndef |\nexec\(", file.read())[0]
     for match in SETTING.finditer(top):
         name, kinds, default = match.groups()
-        default = eval(default)
+        default = eval(default, script)
         kinds = (kinds or type_name(default)).split(" | ")
         settings[name] = Setting(kinds, default, match[0])
     return settings
@@ -129,9 +125,8 @@ def parse(text, kinds):
         value = ast.literal_eval(text.title() if text in ("true", "false", "none") else text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return text
-    if isinstance(value, str) or ("str" in kinds and type_name(value) not in kinds):
-        return text  # as it was typed
-    return value
+    as_typed = isinstance(value, str) or ("str" in kinds and type_name(value) not in kinds)
+    return text if as_typed else value
 
 
 def read_file(config, name, folder):
@@ -149,3 +144,7 @@ def read_file(config, name, folder):
         is_helper = str(key).startswith("_") or hasattr(value, "__name__")  # a function or a module
         if not is_helper and (key not in config or config[key] != value):
             config.assign(key, value, f"{name}: ")
+
+
+if __name__ == "__main__":  # a script of nanoGPT runs exec(open("configurator.py").read())
+    configure(globals())

@@ -317,7 +317,7 @@ def main(config):
         saved = folder.checkpoint_to_resume()
         changes = take_over(config, saved) if saved else []
         globals().update(config)  # on resume, the settings of the checkpoint
-        if faults := config.faults + config.value_faults():
+        if faults := [*config.faults, *config.value_faults()]:
             raise UserError("\n".join(faults))
         runtime = start_runtime(config)
         data = open_dataset(ROOT / "data" / dataset, block_size)

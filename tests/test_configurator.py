@@ -1,8 +1,10 @@
 """Settings: what each argument means, and the line that each mistake gets."""
 
+import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import configurator
 
@@ -180,3 +182,13 @@ def test_a_value_that_is_not_allowed_gets_its_line(configure):
         "error: most=-1 must be at least 0 and below 10\n"
         "error: mode='other': choose one of ['auto', True, False]"
     )
+
+
+def test_a_script_of_nanogpt_reads_it_with_exec(tmp_path):
+    source = "rate = 0.1\nname = 'x' if rate else ''\nexec(open('configurator.py').read())\n"
+    (tmp_path / "old.py").write_text(source + "more = [rate, name]\nprint(*more)\n")
+    command = [sys.executable, tmp_path / "old.py", "--rate=1", "--name=y"]
+    done = subprocess.run(
+        command, env={"PYTHONPATH": str(ROOT)}, cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "1.0 y\n"

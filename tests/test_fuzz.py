@@ -55,7 +55,7 @@ def lines_or_result(function, *arguments):
 
 # --- settings ------------------------------------------------------------------------------------
 
-NAMES = sorted(configurator.read_settings(train.__file__))
+NAMES = sorted(configurator.read_settings(vars(train)))
 VALUES = ["", "0", "-1", "1", "1e9", "1e999", "nan", "True", "none", "x", "[", "'", "10**9", "()"]
 VALUES += ["9" * 5000, "((" * 300, "-" * 5000 + "1", "\ud800", "1_0", "0x1F", "1j", "b'x'", "..."]
 value = st.sampled_from(VALUES) | st.text(max_size=20)
@@ -82,7 +82,7 @@ def configure(words, monkeypatch):
 @both
 def test_any_command_line_is_understood_or_gets_lines(tmp_path, monkeypatch, amount):
     monkeypatch.chdir(tmp_path)
-    known = configurator.read_settings(train.__file__)
+    known = configurator.read_settings(vars(train))
 
     @examples(amount)
     @given(st.lists(word.filter(lambda word: word not in ("--help", "-h")), max_size=4))

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from engine import kernels
 from engine.process import UserError
-from model import GPT, GPTConfig, next_token, rotary_table, rotate
+from model import GPT, GPTConfig, next_token
 
 SMALL = {"block_size": 16, "vocab_size": 40, "n_layer": 2, "n_head": 2, "n_embd": 32}
 RECIPE = {"position": "rotary", "rms_norm": True, "tied": False, "bias": False}
@@ -135,15 +135,6 @@ def test_a_later_token_never_changes_an_earlier_logit(shape):
     before, after = all_logits(model, tokens), all_logits(model, changed)
     torch.testing.assert_close(before[:, :9], after[:, :9], atol=1e-5, rtol=0)
     assert not torch.allclose(before[:, 9:], after[:, 9:])
-
-
-def test_rotary_turns_pairs_of_channels_as_complex_numbers():
-    x = torch.randn(2, 3, 10, 8, dtype=torch.float64)
-    angles = torch.outer(torch.arange(10.0), 10000 ** (-torch.arange(0, 8, 2) / 8)).double()
-    pairs = torch.complex(x[..., :4], x[..., 4:]) * torch.polar(torch.ones_like(angles), -angles)
-    expected = torch.cat((pairs.real, pairs.imag), dim=3)
-    rotated = rotate(x, rotary_table(torch.arange(10), 8))
-    torch.testing.assert_close(rotated, expected, atol=1e-5, rtol=0)
 
 
 @EACH_SHAPE
