@@ -328,11 +328,13 @@ def main(config):
         if runtime.reduce("min", state.step) != runtime.reduce("max", state.step):
             raise UserError("the machines resume from different steps: they must share out_dir")
         total = tokens_until(max_iters, config)
+        is_warm_up = decay_lr and warmup_iters >= max_iters > 0
         about = [
             f"hardware: {runtime.about}",
             f"data: {dataset}, {data['train'].count:,} tokens, {data['val'].count:,} to validate",
             f"model: {state.model.get_num_params():,} parameters",
-            f"steps: {state.step} to {max_iters}, {total / data['train'].count:.2f} epochs",
+            f"steps: {state.step} to {max_iters}, {total / data['train'].count:.2f} epochs"
+            f"{', all of them warm-up' if is_warm_up else ''}",
         ]
         runtime.say("\n".join(changes + about))
         log = Log(state.model, config, runtime)
