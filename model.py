@@ -49,10 +49,15 @@ def rms_norm(x):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
+class LayerNorm(nn.LayerNorm):
+    def __init__(self, ndim, bias):  # nanoGPT's arguments
+        super().__init__(ndim, bias=bias)
+
+
 def make_norm(config):
     if config.rms_norm:
         return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
-    return nn.LayerNorm(config.n_embd, bias=config.bias)
+    return LayerNorm(config.n_embd, config.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -107,8 +112,7 @@ class Block(nn.Module):
 
     def forward(self, x, rotation=None, cache=None, past=0):
         x = x + self.attn(self.ln_1(x), rotation, cache, past)
-        x = x + self.mlp(self.ln_2(x))
-        return x
+        return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
@@ -152,8 +156,7 @@ class GPT(nn.Module):
 
     def head_loss(self, x, targets, loss_only):
         """Return logits and loss, or the loss alone, for the final hidden states x (B, T, C)."""
-        rows = x.flatten(0, 1)
-        targets = targets.flatten()
+        rows, targets = x.flatten(0, 1), targets.flatten()
         if loss_only:
             return cross_entropy(rows, self.lm_head.weight, targets)
         logits = self.lm_head(rows)
@@ -216,8 +219,7 @@ class GPT(nn.Module):
         peak_flops is the peak of the device in FLOP/s, by default that of an A100 in bfloat16.
         """
         tokens = fwdbwd_per_iter * self.config.block_size
-        achieved = self.flops_per_token() * tokens / dt
-        return achieved / peak_flops
+        return self.flops_per_token() * tokens / dt / peak_flops
 
     # --- optimizer -------------------------------------------------------------------------------
 
