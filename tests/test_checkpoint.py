@@ -125,6 +125,7 @@ train.main(configure(vars(train)))
 
 
 @slow
+@pytest.mark.skipif(signal.getsignal(signal.SIGINT) == signal.SIG_IGN, reason="SIGINT is ignored")
 def test_a_second_interrupt_stops_at_once(start, tiny):
     (tiny / "slow.py").write_text(SLOW_STEP)
     process = start(*TINY, "--eval_interval=2", script="slow.py")
