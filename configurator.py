@@ -22,6 +22,7 @@ from engine.process import reason
 Setting = namedtuple("Setting", "kinds default help")  # kinds: ["int", "None"]; help: its lines
 # An optional heading, then `name: kinds = default  # comment`.
 SETTING = re.compile(r"(?m)^(?:# .*\n)?([a-z]\w*)(?:: (.*?))? = (.*?) *(?:#.*)?$")
+PROJECT = os.path.dirname(os.path.realpath(__file__))
 
 
 class Config(dict):
@@ -84,7 +85,7 @@ def configure(namespace, *imported):
     if "--help" in sys.argv or "-h" in sys.argv:
         print(namespace["__doc__"], *(setting.help for setting in settings.values()), sep="\n")
         raise SystemExit
-    read_arguments(config, sys.argv[1:], os.path.dirname(namespace["__file__"]))
+    read_arguments(config, sys.argv[1:])
     if faults := config.faults or [*config.value_faults()]:
         raise SystemExit("error: " + "\nerror: ".join(faults))
     for script in (namespace, *imported):
@@ -105,12 +106,12 @@ def read_settings(script):
     return settings
 
 
-def read_arguments(config, arguments, folder):
-    """Set in `config` what the arguments say. `folder` is that of the script."""
+def read_arguments(config, arguments):
+    """Set in `config` what the arguments say."""
     words = iter(arguments)
     for word in words:
         if not word.startswith("--"):
-            read_file(config, word, folder)
+            read_file(config, word)
             continue
         name, equals, text = word[2:].partition("=")
         if not equals:
@@ -129,9 +130,9 @@ def parse(text, kinds):
     return text if as_typed else value
 
 
-def read_file(config, name, folder):
-    """Run the config file `name`, found here or in `folder`, and assign its settings."""
-    path = name if os.path.isfile(name) else os.path.join(folder, name)
+def read_file(config, name):
+    """Run the config file `name`, found here or in the project, and assign its settings."""
+    path = name if os.path.isfile(name) else os.path.join(PROJECT, name)
     if not os.path.isfile(path):
         config.faults.append(f"no config file {name!r}; a setting is given as --key=value")
         return

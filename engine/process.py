@@ -114,15 +114,15 @@ def user_path(text):
     return Path(os.path.expanduser(text))
 
 
-def temporary_name(path):
-    """Return a new name in the folder of `path`."""
-    return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-
-
 @contextmanager
 def atomic(path):
-    """Open a binary file that replaces `path`, complete and synced, if the block succeeds."""
-    temporary = temporary_name(path)
+    """Open a binary file that replaces `path`, complete and synced, if the block succeeds.
+
+    OSError if `path` is a folder or a device: a device such as /dev/null must not be replaced.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a regular file")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -139,7 +139,7 @@ def link(source, target):
 
     Makes a copy if the file system has no hard links.
     """
-    temporary = temporary_name(target)
+    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
     try:
         os.link(source, temporary)
         os.replace(temporary, target)

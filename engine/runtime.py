@@ -91,7 +91,7 @@ def start_runtime(config):
     Joins the process group of torchrun if there is one. Collective.
     """
     rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     device = choose_device(config["device"])
     dtype, why = choose_dtype(config["dtype"], device)
     compile = choose_compile(config.get("compile", False), device)

@@ -150,11 +150,10 @@ def test_the_last_word_wins_between_files_and_flags(configure, tmp_path):
     assert configure("c.py", "--count=1")["rate"] == 2.5
 
 
-def test_a_config_file_is_found_next_to_the_script_from_any_folder(
-    configure, tmp_path, monkeypatch
-):
+def test_a_config_file_of_the_project_is_found_from_any_folder(configure, tmp_path, monkeypatch):
     (tmp_path / "c.py").write_text("count = 10")
     (tmp_path / "elsewhere").mkdir()
+    monkeypatch.setattr(configurator, "PROJECT", tmp_path)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert configure("c.py")["count"] == 10
 

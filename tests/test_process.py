@@ -127,6 +127,14 @@ def test_a_folder_that_cannot_be_synced_is_no_error(tmp_path, monkeypatch):
     assert (tmp_path / "a").read_bytes() == b"content"
 
 
+def test_a_device_is_never_replaced(tmp_path):
+    with (
+        pytest.raises(OSError, match="^/dev/null is not a regular file$"),
+        atomic(Path(os.devnull)),
+    ):
+        pass
+
+
 def test_a_tilde_means_the_home_folder(launch, tiny, monkeypatch):
     monkeypatch.setenv("HOME", str(tiny / "home"))
     launch(train, *TINY, "--max_iters=1", "--out_dir=~/run")

