@@ -48,7 +48,7 @@ def one_line_errors(out_of_memory="take a machine with more memory"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a sample may hold any character
     try:
         yield
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # Ctrl-C, or the reader ended: sample.py | head
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as fault:
         lines = explain(fault, out_of_memory).splitlines()
