@@ -4,7 +4,6 @@ Imports neither torch nor any other part of the project.
 """
 
 import os
-import secrets
 import shutil
 import signal
 import sys
@@ -122,7 +121,7 @@ def atomic(path):
     """
     if path.exists() and not path.is_file():
         raise OSError(f"{path} is not a regular file")
-    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
         with open(temporary, "xb") as file:
             yield file
@@ -139,7 +138,7 @@ def link(source, target):
 
     Makes a copy if the file system has no hard links.
     """
-    temporary = target.with_name(f"{target.name}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f"{target.name}.{os.urandom(4).hex()}.tmp")
     try:
         os.link(source, temporary)
         os.replace(temporary, target)

@@ -79,12 +79,13 @@ def load_sharded(path, model, optimizer):
             with open(path / ".metadata", "rb") as file:
                 return TableUnpickler(file).load()
 
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()  # an update by nothing makes the state that is to be filled
-    optimizer.zero_grad(set_to_none=True)
-    state = {"model": model.state_dict(), "optimizer": {"state": optimizer.state_dict()["state"]}}
+    state = {"model": model.state_dict()}
+    if path.name != "step-0":  # before the first update the optimizer has no state
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()  # an update by nothing makes the state that is to be filled
+        state["optimizer"] = {"state": optimizer.state_dict()["state"]}
     with user_error(f"{path} cannot be read", Exception), plain_errors():
         dist.checkpoint.load(state, storage_reader=Reader(path), no_dist=True)
