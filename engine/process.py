@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A mistake of the user, one line for each: what was given, what is allowed, what to do.
+    """A mistake of the user. Each line names the given value, the allowed values and a remedy.
 
     `one_line_errors` prints it without a traceback. Any other exception is a bug in this project or
     in a change to it, and keeps its traceback.

@@ -39,7 +39,7 @@ class Runtime:
     rank: int
     world_size: int
     name: str  # of the device
-    about: str  # what was chosen and why, in one line
+    about: str  # device, precision and compilation with the reasons, in one line
 
     def autocast(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
