@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from configurator import configure
-from data.tokenizer import make_tokenizer, read_meta
+from data.tokenizer import make_tokenizer, read_meta, read_text
 from engine.checkpoint import find_checkpoint
 from engine.process import atomic, one_line_errors, user_error, user_path
 from engine.runtime import start_runtime
@@ -71,15 +71,14 @@ def load_model(config, device):
 
 
 def read_prompts():
-    """Yield the prompts, as text. UserError if a file is not UTF-8 text."""
-    problem = "cannot read the prompt as UTF-8 text"
-    with suppress(EOFError), user_error(problem, OSError, UnicodeError):
+    """Yield the prompts, as text."""
+    with suppress(EOFError), user_error("cannot read the prompt as UTF-8 text", UnicodeError):
         while interactive:
             yield input("> ")  # Ctrl-D raises EOFError
         if prompts:
-            yield from filter(str.strip, user_path(prompts).read_text("utf-8-sig").splitlines())
+            yield from filter(str.strip, read_text(user_path(prompts)).splitlines())
         elif start.startswith("FILE:"):
-            yield user_path(start[5:]).read_text("utf-8")
+            yield read_text(user_path(start[5:]))
         else:
             yield start
 
@@ -129,7 +128,7 @@ def main(config):
         samples += generate(prompt, model, tokenizer)
     if out:
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
-        with user_error(out, OSError), atomic(user_path(out)) as file:
+        with atomic(user_path(out).resolve()) as file:
             file.write("".join(lines).encode())
 
 

@@ -14,16 +14,17 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before PyTorch loads OpenMP: 
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from configurator import configure
 from data.batches import Batches, sequences_at, tokens_until
-from data.tokens import check_vocabulary, open_dataset, send
+from data.tokens import check_vocabulary, open_dataset
 from engine.checkpoint import RunFolder, State, take_over
 from engine.huggingface import load_pretrained
-from engine.log import Log, norms_by_block
-from engine.process import UserError, noted_signals, one_line_errors, reason
+from engine.log import Log
+from engine.process import UserError, noted_signals, one_line_errors, user_error
 from engine.runtime import place_model, start_runtime, unshard
 from model import GPT, GPTConfig
 
@@ -34,7 +35,6 @@ out_dir = "out"                     # folder for checkpoints and log.jsonl
 eval_interval = 2000                # steps between evaluations, each followed by a save
 log_interval = 1                    # steps between log lines
 eval_iters = 200                    # evaluate at most this many batches per split
-health_interval = 0                 # steps between norms of each block in log.jsonl; 0: none
 eval_only = False                   # evaluate once, write nothing, stop
 patience = 0                        # stop after so many evaluations without a best model; 0: never
 always_save_checkpoint = True       # save after each evaluation; False: only if it is the best
@@ -98,7 +98,7 @@ ALLOWED = {  # setting -> choices, or (minimum, exclusive maximum)
     **dict.fromkeys(("n_layer", "n_head", "n_embd", "timeout"), (1, MAXIMUM)),
     **dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "grad_clip", "eps"), (0, MAXIMUM)),
     **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters", "patience"), (0, MAXIMUM)),
-    **dict.fromkeys(("batch_ramp_iters", "health_interval"), (0, MAXIMUM)),
+    "batch_ramp_iters": (0, MAXIMUM),
     **dict.fromkeys(("dropout", "beta1", "beta2", "constant_share", "batch_ramp_start"), (0, 1)),
     "seed": (0, 2**63),
     "sampling": ["random", "epochs"],
@@ -108,6 +108,7 @@ ALLOWED = {  # setting -> choices, or (minimum, exclusive maximum)
     "fsdp": [True, False, "hybrid"],
     "compile": ["auto", True, False],
 }
+DAMAGE = TypeError, AttributeError, LookupError, RuntimeError  # of a checkpoint with odd content
 ROOT = Path(__file__).resolve().parent
 
 
@@ -140,41 +141,44 @@ def build_state(saved, data, config, runtime):
     model = build_model(saved, meta, config)
     place_model(model, model.transformer.h, fsdp, runtime)
     model.activation_checkpointing = activation_checkpointing
-    updater = model.configure_optimizers(
-        weight_decay, learning_rate, (beta1, beta2), runtime.device.type, optimizer, eps
+    return State(
+        model,
+        optimizer=model.configure_optimizers(
+            weight_decay, learning_rate, (beta1, beta2), runtime.device.type, optimizer, eps
+        ),
+        scaler=torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16),
+        tokenizer=meta,
+        data={split: tokens.digest() for split, tokens in data.items()},
     )
-    scaler = torch.amp.GradScaler(runtime.device.type, enabled=runtime.dtype == torch.float16)
-    digests = {split: tokens.digest() for split, tokens in data.items()}
-    return State(model, updater, scaler, meta, digests)
 
 
 def wrap(model, batches, runtime):
-    """Return `model`, compiled if that works, with gradients that ranks average. Collective."""
+    """Return `model`, compiled if wanted, with gradients that ranks average. Collective."""
     if runtime.compile:
-        compiled = torch.compile(model)
-        failure = ""
-        try:
-            run_once(compiled, batches, runtime)
-        except Exception as fault:
-            if compile is True:
-                raise
-            failure = reason(fault)
-        if runtime.reduce("max", len(failure)):
-            runtime.say(f"not compiled, which is slower: {failure or 'another rank failed'}")
-        else:
-            model = compiled
+        runtime.say("compiling the model, which may take minutes")
+        model = torch.compile(model)
     if runtime.world_size > 1 and not fsdp:
         model = DistributedDataParallel(model)
-        run_once(model, batches, runtime)  # DDP orders its sums in the first one
+    if runtime.compile or runtime.world_size > 1:
+        run_once(model, batches, runtime)  # compiles; DDP orders its sums in the first pass
     return model
 
 
 def run_once(model, batches, runtime):
     """Run the forward and backward pass of a micro-batch, without effect on the weights."""
-    tokens = send(batches(0)[0], runtime.device)
+    tokens = batches(0)[0].to(runtime.device)
     with runtime.autocast():
         model(tokens[:, :-1], tokens[:, 1:], loss_only=True).backward()
     model.zero_grad(set_to_none=True)
+
+
+def check_memory():
+    """Raise UserError if a step does not fit: the system would kill the process without a word."""
+    kept = 4 if activation_checkpointing else 36  # bytes per token, layer and channel, at least
+    needed = kept * batch_size * block_size * n_layer * n_embd / 1e9
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    if needed > memory:
+        raise UserError(f"a step takes {needed:.0f} of {memory:.0f} GB; lower --batch_size")
 
 
 # --- schedule ------------------------------------------------------------------------------------
@@ -187,9 +191,9 @@ def learning_rate_at(step):
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     last = max_iters if lr_decay_iters is None else lr_decay_iters
-    lowest = learning_rate / 10 if lr_schedule == "cosine" else 0.0  # arXiv:2203.15556
-    if min_lr is not None:
-        lowest = min_lr
+    lowest = min_lr
+    if lowest is None:
+        lowest = learning_rate / 10 if lr_schedule == "cosine" else 0.0  # arXiv:2203.15556
     begin = warmup_iters + constant_share * (last - warmup_iters)
     progress = min(1, max(0, step - begin) / max(1, last - begin))
     left = 1 - progress
@@ -216,7 +220,7 @@ def train_step(model, state, batches, runtime):
     mean_loss = 0.0
     for count, tokens in enumerate(micro_batches, start=1):
         model.require_backward_grad_sync = count == len(micro_batches)  # DDP averages only then
-        tokens = send(tokens, runtime.device)
+        tokens = tokens.to(runtime.device, non_blocking=True)  # a GPU computes meanwhile
         with runtime.autocast():
             loss = model(tokens[:, :-1], tokens[:, 1:], loss_only=True)
         loss = loss * (len(tokens) / sequences)
@@ -254,19 +258,28 @@ def evaluate(model, data, runtime):
     losses = {}
     for split, tokens in data.items():
         starts = tokens.evenly_spaced(block_size, eval_iters * batch_size)
-        windows = batch_size * runtime.world_size  # per forward pass, over all ranks
+        windows = batch_size * runtime.world_size  # in a forward pass, over all ranks
         total = 0.0
         for first in range(0, len(starts), windows):
             mine = starts[first + runtime.rank : first + windows : runtime.world_size]
             # A rank without windows runs one with weight 0, because FSDP needs every rank.
-            read = mine if len(mine) else starts[:1]
-            ids = send(tokens.windows(read, block_size + 1), runtime.device)
-            with runtime.autocast():
-                loss = model(ids[:, :-1], ids[:, 1:], loss_only=True)
-            total += loss.item() * len(mine)
+            loss = loss_of(model, tokens, mine if len(mine) else starts[:1], runtime)
+            total += loss * len(mine)
         losses[split] = runtime.reduce("sum", total) / len(starts)
     model.train()
     return losses
+
+
+def loss_of(model, tokens, starts, runtime):
+    """Return the mean loss per token of the windows at `starts`.
+
+    Windows with ignored targets complete the batch, so that a compiled model sees one shape.
+    """
+    ids = tokens.windows(np.resize(starts, batch_size), block_size + 1).to(runtime.device)
+    targets = ids[:, 1:].clone()
+    targets[len(starts) :] = -1
+    with runtime.autocast():
+        return model(ids[:, :-1], targets, loss_only=True).item()
 
 
 # --- main ----------------------------------------------------------------------------------------
@@ -285,8 +298,8 @@ def run(model, state, data, batches, folder, log, runtime):
                     losses = evaluate(model, data, runtime)
                 log.evaluation(state, losses)
                 val_loss = losses["val"]
-                is_late = state.step - state.best_step >= patience * eval_interval > 0
-                ends |= is_late and val_loss >= state.best_val_loss
+                steps = state.step - state.best_step  # since the best
+                ends |= steps >= patience * eval_interval > 0 and val_loss >= state.best_val_loss
             wanted = ends or (always_save_checkpoint and val_loss != math.inf)
             if val_loss < state.best_val_loss or (wanted and state.step != folder.saved_step):
                 with log.paused():
@@ -304,8 +317,6 @@ def run(model, state, data, batches, folder, log, runtime):
             if step % log_interval == 0:
                 tokens = tokens_until(state.step, batches.config)
                 log.step(step, loss, grad_norm, learning_rate_at(step), tokens)
-            if health_interval and step % health_interval == 0:
-                log.record({"iter": step, **norms_by_block(state.model)})
 
 
 @one_line_errors(
@@ -315,7 +326,8 @@ def run(model, state, data, batches, folder, log, runtime):
 def main(config):
     with RunFolder(config) as folder:  # locked before anything in it is read
         saved = folder.checkpoint_to_resume()
-        changes = take_over(config, saved) if saved else []
+        with user_error("the checkpoint cannot be resumed", *DAMAGE):
+            changes = take_over(config, saved) if saved else []
         globals().update(config)  # on resume, the settings of the checkpoint
         if faults := [*config.faults, *config.value_faults()]:
             raise UserError("\n".join(faults))
@@ -324,23 +336,24 @@ def main(config):
         batches = Batches(data["train"], config, runtime)
         state = build_state(saved, data, config, runtime)
         if saved:
-            folder.is_branch |= state.restore(saved, config)
+            with user_error("the checkpoint cannot be resumed", *DAMAGE):
+                folder.is_branch |= state.restore(saved, config)
         if runtime.reduce("min", state.step) != runtime.reduce("max", state.step):
             raise UserError("the machines resume from different steps: they must share out_dir")
         total = tokens_until(max_iters, config)
-        is_warm_up = decay_lr and warmup_iters >= max_iters > 0
         about = [
             f"hardware: {runtime.about}",
             f"data: {dataset}, {data['train'].count:,} tokens, {data['val'].count:,} to validate",
             f"model: {state.model.get_num_params():,} parameters",
             f"steps: {state.step} to {max_iters}, {total / data['train'].count:.2f} epochs"
-            f"{', all of them warm-up' if is_warm_up else ''}",
+            f"{', all of them warm-up' if decay_lr and warmup_iters >= max_iters > 0 else ''}",
         ]
         runtime.say("\n".join(changes + about))
         log = Log(state.model, config, runtime)
         if eval_only:
             log.evaluation(state, evaluate(state.model, data, runtime))
             return
+        check_memory()
         model = wrap(state.model, batches, runtime)
         folder.set_aside(state, saved is None, runtime)
         log.open(folder.path / "log.jsonl", state, tokens_until(state.step, config), total)

@@ -85,7 +85,7 @@ class Batches:
         full = config["batch_size"] * config["gradient_accumulation_steps"]
         if full % ranks or sequences_at(0, config) < ranks:
             raise UserError(
-                f"{ranks} processes cannot share the sequences of a step, {full} or less; change "
+                f"{ranks} processes cannot share {full} sequences or less; change "
                 f"batch_size, gradient_accumulation_steps or the number of processes"
             )
 
@@ -105,6 +105,8 @@ class Batches:
         shares = np.array_split(starts, self.runtime.world_size)
         share = shares[self.runtime.rank]
         windows = self.tokens.windows(share, self.config["block_size"] + 1)
+        if self.runtime.device.type == "cuda":
+            windows = windows.pin_memory()  # so that copies need not wait
         # Every rank needs the same number of micro-batches, and none of them empty.
         count = math.ceil(len(shares[0]) / self.config["batch_size"])
         return windows.tensor_split(min(count, len(shares[-1])))

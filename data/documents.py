@@ -11,6 +11,7 @@ the same command cuts both files back to the record and continues, so it ends in
 preparation that was never stopped. At the end, the finished files replace the old dataset.
 """
 
+import fnmatch
 import glob
 import json
 import os
@@ -22,10 +23,10 @@ from types import SimpleNamespace
 import numpy as np
 from tqdm import tqdm
 
-from data.tokenizer import make_meta, make_tokenizer
+from data.tokenizer import find_files, make_meta, make_tokenizer
 from data.tokens import id_dtype, write_dataset
 from engine.checkpoint import lock
-from engine.process import UserError, atomic, user_error, user_path
+from engine.process import UserError, atomic, user_error
 
 # The name of the group that matches a path is the name of its reader in `datasets`.
 FILE_NAME = re.compile(
@@ -42,10 +43,11 @@ def prepare_documents(folder, config, repository, pattern, held_out):
     the record of the preparation.
     """
     work = folder / "unfinished"
-    failure = f"cannot write to {folder}; make room and run the same command again"
-    with user_error(failure, OSError), lock(folder, "wait for it to end"):
+    advice = f"cannot write to {folder}; make room and run the same command again"
+    with lock(work, "wait for it to end"):
         record = begin(work, config, repository, pattern)
-        write_documents(work, record, held_out)
+        with user_error(advice, OSError):
+            write_documents(work, record, held_out)
         if not all(record.bytes.values()):
             shutil.rmtree(work)
             raise UserError(
@@ -68,24 +70,15 @@ def prepare_documents(folder, config, repository, pattern, held_out):
 # --- reading -------------------------------------------------------------------------------------
 
 
-def find_files(source, repository, pattern, revision):
-    """Return the paths of the files at `source`, or of those on the hub if it is None.
-
-    The latter are pinned to the commit that `revision` names at present.
-    """
-    if source is not None:
-        root = user_path(source or "no input").resolve()
-        paths = map(str, [root, *root.rglob("*")])
-        if files := sorted(filter(FILE_NAME.search, paths)):
-            return files
-        raise UserError(f"--input={source}: give .parquet, .jsonl, .json, .csv or .txt files")
-    from huggingface_hub import HfApi, HfFileSystem  # takes a second
+def find_on_hub(repository, pattern, revision):
+    """Return the paths of the files of a dataset on the hub, at the commit of `revision` now."""
+    from huggingface_hub import HfApi  # takes a second
 
     with user_error(f"cannot list {repository} on the hub (offline, give --input=PATH)", Exception):
-        commit = HfApi().dataset_info(repository, revision=revision).sha
-        paths = HfFileSystem().glob(f"datasets/{repository}@{commit}/{pattern}")
-    print(f"{repository}: commit {commit}")
-    return ["hf://" + path for path in sorted(paths)]
+        info = HfApi().dataset_info(repository, revision=revision, timeout=10)
+    print(f"{repository}: commit {info.sha}")
+    names = fnmatch.filter([file.rfilename for file in info.siblings], pattern)
+    return [f"hf://datasets/{repository}@{info.sha}/{name}" for name in sorted(names)]
 
 
 def read_rows(files, column, first=0, done=0):
@@ -138,8 +131,10 @@ def begin(work, config, repository, pattern):
                 f"{work} holds another preparation; repeat its command to finish it, or delete it"
             )
         return SimpleNamespace(**record)
-    work.mkdir(exist_ok=True)
-    files = find_files(config["input"], repository, pattern, config["revision"])
+    if config["input"] is None:
+        files = find_on_hub(repository, pattern, config["revision"])
+    else:
+        files = [str(path) for path in find_files(config["input"], FILE_NAME.search)]
     rows = islice(read_rows(files, config["column"]), config["limit"])
     texts = (text[:10_000] for _, text in islice(rows, 10_000))  # a trained tokenizer needs no more
     meta = make_meta(config["tokenizer"], texts)

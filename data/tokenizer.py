@@ -1,4 +1,4 @@
-"""Tokenizers turn text into token ids and back.
+"""Read texts from files, and turn text into token ids and back.
 
 A dataset and a checkpoint describe their tokenizer by a dict, its `meta`: the vocabulary size, and
 either nanoGPT's tables of characters `stoi` and `itos`, or `tokenizer`, the name of an encoding of
@@ -6,29 +6,83 @@ tiktoken, or `pairs`, the tokens of a byte-pair encoding (BPE) trained on the te
 order in which they were learned. A dataset keeps it in meta.pkl; without that file it is GPT2.
 """
 
+import io
 import os
 import pickle
 import re
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from reprlib import repr as short  # bounds nested values
 
-import numpy as np
-import tiktoken
+from data.bpe import named_encoding, train_bpe, trained_encoding
+from engine.process import UserError, reason, user_error, user_path
 
-from engine.process import UserError, reason, user_error
-
+META = "vocab_size", "tokenizer", "stoi", "itos", "pairs"  # the keys of a meta
 GPT2 = {"tokenizer": "gpt2", "vocab_size": 50304}  # 50,257 padded to a multiple of 64 for speed
-# A BPE trained on the text joins bytes only within these pieces: a word with the space before it,
-# up to 3 digits, punctuation, a line break with the blanks before it, blanks. Longer pieces gave
-# higher losses (docs/course.md, step 2). Changing this changes the meaning of existing datasets.
-WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*\n|\s+(?!\S)|\s+"
 # Pieces of at most 262,144 characters, because tiktoken's stack overflows at a million spaces. No
 # token of WORDS or tiktoken crosses the end of a piece: it lies before a space that follows a
 # visible character, or before a blank that follows a letter. Without such a place it is anywhere.
 PIECE = re.compile(r"(?s).{1,262144}(?:(?<=\S)(?= )|(?<=[^\W\d_])(?=\s)|\Z)|.{1,262144}")
+# The codes of tuples, frozen sets and bytearrays in a pickle.
+REFUSED = b"t\x85\x86\x87\x91\x96"
+
+
+# --- texts ---------------------------------------------------------------------------------------
+
+
+def find_files(source, is_wanted):
+    """Return the paths of the wanted files in the folder `source`, sorted, or of the file itself.
+
+    is_wanted() takes the name of a file. Hidden files and linked folders are left out; a line says
+    how many. UserError if no file remains.
+    """
+    root = user_path(source or "no input").resolve(strict=True)
+    files = []
+    left_out = []
+    for path in sorted(root.rglob("*")) or [root]:
+        name = path.relative_to(root)
+        is_hidden = any(part.startswith(".") for part in name.parts)
+        if path.is_file() and is_wanted(path.name) and not is_hidden:
+            files.append(path)
+        elif path.is_file() or path.is_symlink() or not os.access(path, os.R_OK):
+            left_out.append(str(name))
+    if left_out:
+        print(f"{source}: left out {len(left_out)} files, such as {', '.join(left_out[:3])}")
+    if not files:
+        raise UserError(f"--input={source}: no file in it has one of the endings to read")
+    return files
+
+
+def read_text(path):
+    """Return the text of a UTF-8 file, without a byte order mark and with \\n as line end.
+
+    UserError if it is not UTF-8 or has NUL characters, as UTF-16 has.
+    """
+    content = path.read_bytes()
+    try:
+        text = content.decode("utf-8-sig")
+        fault = content.find(b"\0")
+    except UnicodeDecodeError as error:
+        fault = error.start
+    if fault >= 0:
+        encoding = "utf-16" if b"\0" in content else "latin1"
+        raise UserError(
+            f"{path} is not UTF-8 text in line {content.count(10, 0, fault) + 1}; "
+            f"convert it: iconv -f {encoding} -t utf-8 {path} > NEW_FILE"
+        )
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+# --- the meta of a dataset -----------------------------------------------------------------------
 
 
 class DataUnpickler(pickle._Unpickler):  # the C version takes gigabytes for a damaged memo index
-    """Reads numbers, strings and containers; refuses to run anything."""
+    """Reads numbers, strings, lists and dicts; refuses to run anything.
+
+    A few bytes could ask for gigabytes, or for tuples within tuples that take years to hash.
+    """
+
+    dispatch = {c: load for c, load in pickle._Unpickler.dispatch.items() if c not in REFUSED}
 
     def find_class(self, module, name):
         raise pickle.UnpicklingError(f"it asks to run {module}.{name}")
@@ -40,10 +94,12 @@ def read_meta(folder):
     if not path.exists():
         return GPT2
     try:
-        with open(path, "rb") as file:
-            meta = DataUnpickler(file).load()
+        if not path.is_file() or path.stat().st_size > 2**26:
+            raise UserError("it is not a file of at most 64 MiB")
+        saved = DataUnpickler(io.BytesIO(path.read_bytes())).load()
+        meta = {name: saved[name] for name in META if name in saved}
         if type(meta["vocab_size"]) is not int or not 0 < meta["vocab_size"] < 2**32:
-            raise UserError(f"its vocab_size is {meta['vocab_size']!r:.80}")
+            raise UserError(f"its vocab_size is {short(meta['vocab_size'])}")
         if "stoi" in meta or "pairs" in meta:
             make_tokenizer(meta)  # checks its tables
         return meta
@@ -51,6 +107,9 @@ def read_meta(folder):
         raise UserError(
             f"{path} describes no dataset ({reason(fault)}); prepare it again"
         ) from None
+
+
+# --- tokenizers ----------------------------------------------------------------------------------
 
 
 class CharTokenizer:
@@ -94,71 +153,12 @@ class BPETokenizer:
         return ids
 
     def encode_batch(self, texts):
-        """Yield the ids of each text as an array, computed on all cores. No text may be empty."""
+        """Yield the ids of each text, computed on all cores, without special tokens."""
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            yield from pool.map(self.encode_ordinary, texts)
-
-    def encode_ordinary(self, text):
-        """Return the ids of a text as an array, without special tokens."""
-        return np.concatenate(
-            [
-                self.encoding.encode_to_numpy(piece, disallowed_special=())
-                for piece in PIECE.findall(text)
-            ]
-        )
+            yield from pool.map(partial(self.encode, special=frozenset()), texts)
 
     def decode_bytes(self, ids):
         return self.encoding.decode_bytes(ids)
-
-
-def named_encoding(meta):
-    """Return the encoding of tiktoken that `meta` names; tiktoken may have to download it."""
-    try:
-        return tiktoken.get_encoding(meta["tokenizer"])
-    except (OSError, ValueError) as fault:
-        raise UserError(
-            f"no tokenizer {meta['tokenizer']}: {reason(fault)}; offline, set TIKTOKEN_CACHE_DIR "
-            f"to a folder that tiktoken has filled on another machine"
-        ) from None
-
-
-def trained_encoding(meta):
-    """Return the encoding with the 256 bytes, the `pairs` of `meta` and <|endoftext|>."""
-    tokens = [bytes([byte]) for byte in range(256)]
-    tokens += [token.encode("latin-1") for token in meta["pairs"]]
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    if len(ranks) + 1 != meta["vocab_size"]:
-        raise UserError("its vocab_size does not match its tokens, or a token appears twice")
-    end = {"<|endoftext|>": len(tokens)}
-    return tiktoken.Encoding("own", pat_str=WORDS, mergeable_ranks=ranks, special_tokens=end)
-
-
-def train_bpe(texts, size):
-    """Return the meta of a BPE with at most `size` tokens, trained on `texts`, an iterable of str.
-
-    Repeatedly, the two tokens that are neighbours most often become one (Sennrich et al. 2016,
-    arXiv:1508.07909), on bytes, so that every text can be encoded (GPT-2).
-    """
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    # A long word takes minutes to learn from, so it is cut.
-    pattern = Regex(WORDS.replace("+", "{1,256}").replace("*", "{0,256}"))
-    words = pre_tokenizers.Split(pattern, behavior="isolated")
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, byte_level])
-    trainer = trainers.BpeTrainer(
-        vocab_size=size - 1,  # without <|endoftext|>
-        initial_alphabet=byte_level.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    ids = tokenizer.get_vocab()
-    byte_of = {character: chr(byte) for byte, character in bytes_to_unicode().items()}
-    learned = sorted(ids, key=ids.get)[256:]  # behind the bytes, each byte written as a character
-    pairs = ["".join(map(byte_of.get, token)) for token in learned]  # latin-1, so plain data
-    return {"tokenizer": "own", "pairs": pairs, "vocab_size": 256 + len(pairs) + 1}
 
 
 def make_meta(name, texts):
@@ -182,8 +182,5 @@ def make_meta(name, texts):
 
 def make_tokenizer(meta):
     """Return the tokenizer that the meta of a dataset or of a checkpoint describes."""
-    if "tokenizer" in meta:
-        return BPETokenizer(meta)
-    if "stoi" in meta:
-        return CharTokenizer(meta)
-    raise UserError("meta.pkl names no tokenizer and holds no characters")
+    with user_error("the description of the tokenizer", LookupError, TypeError, AttributeError):
+        return CharTokenizer(meta) if "stoi" in meta else BPETokenizer(meta)

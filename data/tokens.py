@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from data.tokenizer import GPT2, read_meta
+from engine.checkpoint import lock
 from engine.process import UserError, atomic, user_error
 
 
@@ -27,10 +28,10 @@ def write_dataset(folder, meta, **splits):
     The ids go to the disk as they come. All files are complete before the first gets its name.
     """
     dtype = id_dtype(meta)
-    with user_error(folder, OSError), ExitStack() as stack:
-        folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(lock(folder, "wait for it to end"))
         for split, parts in splits.items():
-            path = folder / f"{split}.bin"
+            path = (folder / f"{split}.bin").resolve()  # a link stays, and leads to the new data
             file = stack.enter_context(atomic(path))
             for ids in parts:
                 file.write(np.asarray(ids, dtype).tobytes())
@@ -84,7 +85,8 @@ class TokenFile:
         if ids.max() >= self.meta["vocab_size"]:
             raise UserError(
                 f"{self.path} contains token id {ids.max()}, but the vocabulary has only "
-                f"{self.meta['vocab_size']} tokens"
+                f"{self.meta['vocab_size']} tokens; llm.c's files need their header cut off: "
+                f"tail -c +1025 OLD > NEW"
             )
 
     def digest(self):
@@ -107,10 +109,3 @@ class TokenFile:
         windows = np.lib.stride_tricks.sliding_window_view(self.ids(), length)[starts]
         self.check(windows)
         return torch.from_numpy(windows.astype(np.int64))
-
-
-def send(windows, device):
-    """Return `windows` on `device`; a GPU copies them while it computes."""
-    if device.type == "cuda":
-        return windows.pin_memory().to(device, non_blocking=True)
-    return windows.to(device)

@@ -13,9 +13,11 @@ at any moment leaves complete states under both names.
 
 import math
 import os
+import re
 import zipfile
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 
@@ -23,12 +25,17 @@ from engine.process import UserError, atomic, link, reason, user_error, user_pat
 from engine.runtime import gather, shard_like, unshard
 from engine.sharded import load_sharded, save_sharded, step_folders
 
-NANOGPTS = "block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias"
-FIXED = "vocab_size", "n_layer", "n_head", "n_embd", "bias", "position", "rms_norm", "tied"
-HISTORY = "best_val_loss", "best_step", "bad_steps", "wandb_id"
+NANOGPTS = "block_size vocab_size n_layer n_head n_embd dropout bias".split()
+FIXED = "vocab_size n_layer n_head n_embd bias position rms_norm tied".split()
+HISTORY = {"best_val_loss": float, "best_step": int, "bad_steps": int, "wandb_id": str}
 TEMPORARY = "*.[0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f].tmp"
-# A resumed run takes these settings from its command and all others from the checkpoint.
-OF_THE_COMMAND = {"out_dir", "init_from", "eval_only", "auto_resume", "checkpoint_file", "new_data"}
+# A resumed run takes these settings from its command and all others from the checkpoint. wandb's
+# are among them, because the checkpoint of a stranger must not decide what is sent where.
+OF_THE_COMMAND = (
+    "out_dir init_from eval_only auto_resume checkpoint_file new_data "
+    "wandb_log wandb_project wandb_run_name"
+).split()
+
 
 
 # --- reading -------------------------------------------------------------------------------------
@@ -42,21 +49,30 @@ def read_checkpoint(path):
     """
     file = path / "rest.pt" if path.is_dir() else path
     with user_error(f"{path} cannot be read as a checkpoint", Exception):
-        if damaged := zipfile.ZipFile(file).testzip():  # 0.35 s per GB; torch.load() ignores it
-            raise UserError(f"{damaged} in it is damaged")
+        if not file.is_file():
+            names = os.listdir(file.parent)
+            raise UserError(f"no such file; there are {names}")
+        if zipfile.ZipFile(file).testzip():  # 0.35 s per GB; torch.load() ignores damage
+            raise UserError("it is damaged")
+        if unsafe := torch.serialization.get_unsafe_globals_in_checkpoint(file):
+            raise UserError(
+                f"it holds {unsafe}; if you trust the file, load it with weights_only=False, "
+                f"turn this object into a number or a text, and save it again"
+            )
         saved = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
         if "itos" in saved.get("tokenizer", {}):  # DCP's tool turns the ids into text
             itos = saved["tokenizer"]["itos"].items()
             saved["tokenizer"]["itos"] = {int(index): character for index, character in itos}
         if "tokenizer" not in saved:  # nanoGPT wrote it, perhaps on another machine
-            for name in ("device", "dtype", "compile", "backend"):
+            for name in ("device", "dtype", "compile"):
                 saved["config"].pop(name, None)
         saved["model"] = {
-            name.removeprefix("_orig_mod."): weight
+            re.sub(r"^(module\.|_orig_mod\.)+", "", name): weight.cpu()  # fails without content
             for name, weight in saved["model"].items()
             if not name.endswith(".attn.bias")  # a causal mask that nanoGPT saved in 2022
         }
         saved["model_args"]["gelu_tanh"] = saved.get("gelu_tanh", False)
+        saved |= {name: kind(saved[name]) for name, kind in HISTORY.items() if saved.get(name)}
     return {**saved, "path": path}
 
 
@@ -64,12 +80,6 @@ def find_checkpoint(folder, name=None):
     """Return the checkpoint `name` in `folder`, by default best.pt or else ckpt.pt."""
     default = "best.pt" if (folder / "best.pt").exists() else "ckpt.pt"
     return read_checkpoint(folder / (name or default))
-
-
-def states_in(folder):
-    """Return the paths of the states in `folder`, the newest first."""
-    names = "last.pt", "ckpt.pt", "best.pt"  # last.pt: the newest state before December 2026
-    return step_folders(folder) + [folder / name for name in names if (folder / name).exists()]
 
 
 def take_over(config, saved):
@@ -82,16 +92,13 @@ def take_over(config, saved):
         "position": "learned", "rms_norm": False, "tied": True,  # nanoGPT saves no such names
         **saved["config"], **saved["model_args"],
     }  # fmt: skip
-    for name in settings.keys() & config.keys() - OF_THE_COMMAND:
+    for name in settings.keys() & config.keys() - {*OF_THE_COMMAND}:
         if name not in config.flags:
             config.assign(name, settings[name])
         elif config[name] != settings[name]:
             changes.append(f"{name}: {settings[name]} -> {config[name]}")
             if name in FIXED:
                 raise UserError(f"the checkpoint has {name}={settings[name]}; leave --{name} out")
-    threads = torch.get_num_threads()
-    if saved.get("threads", threads) != threads:
-        changes.append(f"threads: {saved['threads']} -> {threads}, which changes the last bits")
     return changes
 
 
@@ -100,7 +107,7 @@ def load_optimizer(optimizer, saved):
 
     UserError if the checkpoint has another kind of optimizer, or none.
     """
-    with user_error("the checkpoint has no state for this optimizer", LookupError, ValueError):
+    with user_error("the checkpoint has no state for this optimizer", Exception):
         before = saved["optimizer"]
         # DCP's tool turns the numbers of the parameters into text.
         state = {int(index): moments for index, moments in before["state"].items()}
@@ -113,11 +120,12 @@ def load_optimizer(optimizer, saved):
 def fit(moment, parameter):
     """Return a copy of `moment` on the device and with the sharding of `parameter`.
 
-    Moments of a position table that is shorter now are cut too.
+    Moments of a position table that is shorter now are cut too. RuntimeError for other shapes.
     """
+    moment = moment.to(parameter.device, copy=True)
     if moment.dim() == 0:  # the number of updates
-        return moment.to(parameter.device, copy=True)
-    return shard_like(parameter, moment[: len(parameter)].to(parameter.device, copy=True))
+        return moment
+    return shard_like(parameter, moment[: len(parameter)].view(parameter.shape))
 
 
 # --- the state of a run --------------------------------------------------------------------------
@@ -136,7 +144,7 @@ class State:
     best_val_loss: float = math.inf
     best_step: int = 0
     bad_steps: int = 0  # without a finite gradient, in a row
-    wandb_id: str | None = None
+    wandb_id: str = ""
 
     def restore(self, saved, config):
         """Take over the checkpoint `saved`, except the weights. Return whether the data are new.
@@ -157,10 +165,10 @@ class State:
         else:
             load_optimizer(self.optimizer, saved)
         self.scaler.load_state_dict({**self.scaler.state_dict(), **saved.get("scaler", {})})
-        self.step = saved["iter_num"]
+        self.step = max(0, saved["iter_num"])
         self.best_step = self.step
         for name in HISTORY:
-            setattr(self, name, saved.get(name, getattr(self, name)))
+            setattr(self, name, saved.get(name) or getattr(self, name))
         return is_new
 
     def content(self, config, rank):
@@ -181,7 +189,6 @@ class State:
             "config": dict(config),
             "tokenizer": self.tokenizer,
             "data": self.data,
-            "threads": torch.get_num_threads(),
         }
 
 
@@ -195,7 +202,8 @@ def lock(folder, advice):
     file systems without locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    flags = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)  # a link could lead to another's file
+    # Neither a link, which could lead to another's file, nor a wait for a named pipe.
+    flags = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     file = os.fdopen(os.open(folder / ".lock", flags, 0o666))
     try:
         import fcntl
@@ -220,10 +228,9 @@ class RunFolder(AbstractContextManager):
         self.is_branch = False  # the run does not continue from the newest state here
         self.lock_file = None
         if os.environ.get("RANK", "0") == "0" and not config["eval_only"]:
-            with user_error(self.path, OSError):
-                self.lock_file = lock(self.path, "wait, or give another --out_dir")
-                for temporary in self.path.glob(TEMPORARY):
-                    temporary.unlink()  # a killed run left it
+            self.lock_file = lock(self.path, "wait, or give another --out_dir")
+            for temporary in self.path.glob(TEMPORARY):
+                temporary.unlink()  # a killed run left it
 
     def __exit__(self, *_):
         if self.lock_file:
@@ -231,14 +238,16 @@ class RunFolder(AbstractContextManager):
 
     def checkpoint_to_resume(self):
         """Return the checkpoint from which the run continues, None for a new run."""
-        config, name = self.config, self.config["checkpoint_file"]
-        self.states = states_in(self.path)
+        config = self.config
+        name = config["checkpoint_file"]
+        files = self.path / "ckpt.pt", self.path / "best.pt"
+        self.states = [*step_folders(self.path), *filter(os.path.exists, files)]
         if config["init_from"] != "resume" and not (config["auto_resume"] and self.states):
             return None
         if self.states and not config["eval_only"]:
             name = name or self.states[0].name
         saved = find_checkpoint(self.path, name)
-        self.is_branch = saved["path"] not in self.states[:1] or name == "last.pt"
+        self.is_branch = saved["path"] not in self.states[:1]
         self.saved_step = saved["iter_num"]
         return saved
 
@@ -253,17 +262,16 @@ class RunFolder(AbstractContextManager):
         states = self.states if runtime.rank == 0 else []
         if not runtime.reduce("max", is_other and len(states)):
             return
-        with user_error(self.path, OSError):
-            if runtime.rank == 0:
-                previous = link_to_previous(self.path, states)
-                runtime.say(f"kept the older run in {previous}")
-            state.best_val_loss = math.inf
-            state.wandb_id = None
-            if not is_sharded and not self.save(state, math.inf, runtime):
-                raise SystemExit(1)
-            for path in states:
-                if path.name != "ckpt.pt" or is_sharded:
-                    path.unlink(missing_ok=True)
+        if runtime.rank == 0:
+            previous = link_to_previous(self.path, states)
+            runtime.say(f"kept the older run in {previous}")
+        state.best_val_loss = math.inf
+        state.wandb_id = ""
+        if not is_sharded and not self.save(state, math.inf, runtime):
+            raise SystemExit(1)
+        for path in states:
+            if path.name != "ckpt.pt" or is_sharded:
+                path.unlink(missing_ok=True)
 
     def save(self, state, val_loss, runtime):
         """Save the newest state, also as the best if `val_loss` is the lowest so far.
@@ -296,8 +304,9 @@ class RunFolder(AbstractContextManager):
         """Write a checkpoint; return 2, or print why not and return 1 for best.pt only, or 0."""
         written = 0
         try:
-            own = self.lock_file
-            if own and not os.path.samefile(self.path / ".lock", own.fileno()):
+            if self.lock_file and not os.path.samefile(
+                self.path / ".lock", self.lock_file.fileno()
+            ):
                 raise OSError("it is not the folder in which this run began")
             if self.config["sharded_save"]:
                 save_sharded(self.path, content)
@@ -309,7 +318,7 @@ class RunFolder(AbstractContextManager):
             if is_best:
                 link(path, self.path / "ckpt.pt")  # last, because a resume continues from it
             written = 2
-        except (OSError, RuntimeError) as fault:
+        except (UserError, OSError, RuntimeError) as fault:
             fault = fault.__context__ or fault  # torch.save() hides an OSError behind its own error
             runtime.say(
                 f"step {content['iter_num']} is not saved: {reason(fault)}; "
@@ -323,10 +332,8 @@ def link_to_previous(folder, states):
 
     Step folders are moved.
     """
-    number = 1
-    while (folder / "previous" / str(number)).exists():
-        number += 1
-    previous = folder / "previous" / str(number)
+    folders = (folder / f"previous/{number}" for number in count(1))
+    previous = next(path for path in folders if not path.exists())
     previous.mkdir(parents=True)
     for path in [*states, folder / "log.jsonl"]:
         if path.is_dir():

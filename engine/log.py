@@ -3,14 +3,12 @@
 import json
 import math
 import os
-import re
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 
 import torch
 
 from engine.process import atomic, user_error
-from engine.runtime import unshard
 
 
 class Log:
@@ -39,11 +37,11 @@ class Log:
         if self.runtime.rank > 0:
             return
         lines = []
-        for line in path.read_bytes().splitlines() if path.exists() else []:
-            with suppress(ValueError, TypeError, KeyError):  # a killed process cut it off
+        for line in path.read_bytes().splitlines() if path.is_file() else []:
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # cut off by a kill
                 if json.loads(line)["iter"] < state.step:
                     lines.append(line + b"\n")
-        with user_error(path, OSError), atomic(path) as file:
+        with atomic(path) as file:
             file.writelines(lines)
         self.path = path
         if self.config["wandb_log"]:
@@ -53,13 +51,15 @@ class Log:
         self.timed_from = self.runtime.now()
 
     def open_wandb(self, folder, run_id):
-        """Log to the wandb run `run_id`, or to a new one if it is None, and return its id."""
+        """Log to the wandb run `run_id`, or to a new one if it is empty, and return its id."""
         import wandb
 
         names = {"project": self.config["wandb_project"], "name": self.config["wandb_run_name"]}
         config = dict(self.config)
         with user_error("wandb cannot be used, try WANDB_MODE=offline", wandb.Error):
-            self.wandb = wandb.init(config=config, id=run_id, resume="allow", dir=folder, **names)
+            self.wandb = wandb.init(
+                config=config, id=run_id or None, resume="allow", dir=folder, **names
+            )
         return self.wandb.id
 
     def record(self, entry):
@@ -122,7 +122,7 @@ class Log:
             flops = self.model.flops_per_token() * rate / runtime.world_size
             entry["mfu"] = flops / peak
             text += f", mfu {flops / peak:.2%}"
-        left = timedelta(seconds=round((self.total_tokens - tokens) / rate))
+        left = timedelta(seconds=min(1e9, round((self.total_tokens - tokens) / rate)))
         if memory := runtime.peak_memory():
             entry["peak_bytes"] = memory
             text += f", {memory / 2**30:.2f} GiB"
@@ -131,15 +131,3 @@ class Log:
         self.timed_from = now
         self.timed_step = step + 1
         self.timed_tokens = tokens
-
-
-def norms_by_block(model):
-    """Return the norms of weights and gradients, such as {"grad_norm/h.0": 0.1}. Collective."""
-    squares = {}
-    for name, parameter in model.named_parameters():
-        block = re.search(r"(h\.\d+|wte|wpe|ln_f|lm_head)\.", name)[1]
-        for kind, tensor in (("weight_norm", parameter), ("grad_norm", parameter.grad)):
-            norm = unshard(torch.linalg.vector_norm(tensor.detach())).item()
-            key = f"{kind}/{block}"
-            squares[key] = squares.get(key, 0) + norm**2
-    return {key: math.sqrt(square) for key, square in squares.items()}

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,7 +34,7 @@ def user_error(subject, *kinds):
 def reason(fault):
     """Return in one line the operating system's message, or the first sentence of the exception."""
     text = getattr(fault, "strerror", None) or str(fault) or type(fault).__name__
-    return text.replace(":\n", ": ").splitlines()[0].partition(". ")[0]
+    return text.replace(":\n", ": ").splitlines()[0].partition(". ")[0].rstrip(".")
 
 
 @contextmanager
@@ -61,17 +62,17 @@ def one_line_errors(out_of_memory="take a machine with more memory"):
 def explain(fault, out_of_memory):
     """Return the line that a user should see for an exception, or "" if it is a bug."""
     text = str(fault)
-    kinds = {kind.__name__ for kind in type(fault).__mro__}
+    kinds = [kind.__name__ for kind in type(fault).__mro__]
     if isinstance(fault, UserError | FloatingPointError):  # the second: a model with NaN weights
         return text
     if isinstance(fault, ModuleNotFoundError):
         return f"this needs the package {fault.name}: pip install {fault.name}"
     if "MemoryError" in kinds or "out of memory" in text or "can't allocate memory" in text:
         return f"out of memory: {out_of_memory}"
-    if "BackendCompilerFailed" in kinds or "InductorError" in kinds:
-        return f"torch.compile failed, leave --compile=True out: {reason(fault)}"
     if "DistError" in kinds or "gloo" in text:
         return f"another process has ended or is out of reach ({reason(fault)}); resume the run"
+    if isinstance(fault, OSError):
+        return f"{fault.filename}: {reason(fault)}" if fault.filename else reason(fault)
     return ""
 
 
@@ -85,7 +86,8 @@ def noted_signals():
     """Yield a list to which the block's SIGTERM, SIGINT, SIGHUP and SIGUSR1 are added.
 
     These signals do not end the process, except a Ctrl-C after another one. Signals that the
-    process was started to ignore stay ignored, as SIGHUP under nohup.
+    process was started to ignore stay ignored, as SIGHUP under nohup. Only the main thread of a
+    process can catch signals.
     """
     noted = []
 
@@ -96,7 +98,8 @@ def noted_signals():
     previous = {
         number: signal.signal(number, note)
         for number in STOP_SIGNALS - {None}
-        if signal.getsignal(number) != signal.SIG_IGN
+        if threading.current_thread() is threading.main_thread()
+        and signal.getsignal(number) != signal.SIG_IGN
     }
     try:
         yield noted
@@ -117,17 +120,17 @@ def user_path(text):
 def atomic(path):
     """Open a binary file that replaces `path`, complete and synced, if the block succeeds.
 
-    OSError if `path` is a folder or a device: a device such as /dev/null must not be replaced.
+    UserError if that is impossible, or if `path` is a folder or a device: /dev/null must stay one.
     """
     if path.exists() and not path.is_file():
-        raise OSError(f"{path} is not a regular file")
+        raise UserError(f"{path} is not a regular file")
     temporary = path.with_name(f"{path.name}.{os.urandom(4).hex()}.tmp")
     try:
-        with open(temporary, "xb") as file:
+        with user_error(path, OSError), open(temporary, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)  # exists only after an error
     sync_folder(path.parent)

@@ -6,6 +6,7 @@ One process is a world of size 1, so that the training loop has no special cases
 import atexit
 import ctypes
 import importlib.util
+import logging
 import os
 import re
 import time
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from engine.process import UserError, user_error
+from engine.process import UserError, reason, user_error
 
 # Dense peaks in TFLOP/s, from data sheets: 16-bit, then float32 (TF32 from Ampere on).
 PEAKS = {
@@ -26,7 +27,6 @@ PEAKS = {
     "L40S": (362, 183), "L4": (121, 60), "RTX 5090": (209, 105), "RTX 4090": (165, 83),
     "RTX 3090": (71, 36), "V100": (125, 15.7), "T4": (65, 8.1),
 }  # fmt: skip
-UNUSABLE = RuntimeError, AssertionError, NotImplementedError  # of torch, for a missing device
 
 
 @dataclass
@@ -76,13 +76,10 @@ class Runtime:
         for card, (half, full) in PEAKS.items():
             if re.search(rf"\b{card}\b", self.name):
                 return 1e12 * (full if self.dtype == torch.float32 else half)
-        return None
 
     def peak_memory(self):
         """Return the maximum memory used so far on the GPU in bytes; 0 on other devices."""
-        if self.device.type != "cuda":
-            return 0
-        return torch.cuda.max_memory_allocated(self.device)
+        return torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else 0
 
 
 def start_runtime(config):
@@ -90,9 +87,12 @@ def start_runtime(config):
 
     Joins the process group of torchrun if there is one. Collective.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
     device = choose_device(config["device"])
+    with user_error("the environment variables of torchrun", KeyError, ValueError):
+        rank = int(os.environ.get("RANK", 0))
+        world_size = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+        if world_size > 1 and "backend" in config:  # sample.py works alone
+            join_process_group(rank, world_size, device, config)
     dtype, why = choose_dtype(config["dtype"], device)
     compile = choose_compile(config.get("compile", False), device)
     name = f"{device.type} with {torch.get_num_threads()} threads"
@@ -102,11 +102,9 @@ def start_runtime(config):
         name = torch.cuda.get_device_name(device)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for products in float32
-    if world_size > 1:
-        join_process_group(device, config)
-    precision = str(dtype).removeprefix("torch.")
-    compiled = "compiled" if compile else "not compiled"
-    about = f"{world_size} x {name}, {precision} ({why}), {compiled}"
+    if compile:
+        fall_back_to_eager(rank)
+    about = f"{world_size} x {name}, {str(dtype)[6:]} ({why}), {'' if compile else 'not '}compiled"
     return Runtime(device, dtype, compile, rank, world_size, name, about)
 
 
@@ -121,7 +119,7 @@ def choose_device(name):
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if torch.accelerator.is_available() and torch.accelerator.device_count() >= processes:
             name = torch.accelerator.current_accelerator().type
-    with user_error(f"device={name} cannot be used, --device=cpu works", *UNUSABLE):
+    with user_error(f"device={name} cannot be used, --device=cpu works", Exception):
         device = torch.device(name)
         if device.index is None and device.type not in ("cpu", "mps"):
             device = torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0)))
@@ -147,32 +145,45 @@ def choose_compile(setting, device):
     """Return whether to try to compile: with "auto" on recent GPUs with Triton."""
     if setting != "auto":
         return setting
-    is_recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
-    return is_recent and importlib.util.find_spec("triton") is not None
+    has_triton = importlib.util.find_spec("triton") is not None
+    return has_triton and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7,)
+
+
+def fall_back_to_eager(rank):
+    """Run a function as it is if it cannot be compiled; the compiler's first warning is printed."""
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    def show(record):
+        logger.disabled = True  # one line is enough
+        text = reason(record.exc_info[1]) if record.exc_info else record.getMessage()
+        print(f"not compiled, which is slower: {text.splitlines()[0]} (cache: {cache_dir()})")
+
+    torch._dynamo.config.suppress_errors = True
+    torch._functorch.config.force_non_lazy_backward_lowering = True  # for the backward pass too
+    logger = logging.getLogger("torch._dynamo.convert_frame")
+    logger.addFilter(show)
+    logger.disabled = rank > 0
 
 
 def keep_freed_memory():
     """Let the C library keep freed memory: fresh pages took a quarter of a training step."""
-    if "MALLOC_MMAP_THRESHOLD_" not in os.environ:
-        with suppress(AttributeError, OSError, TypeError):  # systems without glibc
-            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
-            ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
+    with suppress(AttributeError, OSError, TypeError):  # systems without glibc
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
+        ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 # --- several processes ---------------------------------------------------------------------------
 
 
-def join_process_group(device, config):
+def join_process_group(rank, world_size, device, config):
     backend = "gloo"
     if device.type == "cuda":  # gloo for numbers that the hosts share without the GPUs
         backend = f"cpu:gloo,cuda:{config['backend']}"
     timeout = timedelta(seconds=config["timeout"])
-    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    store = dist.PrefixStore(attempt, store)  # otherwise a restarted group reads old addresses
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world_size, timeout=timeout
-    )
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    # Without a prefix, a group that torchrun restarted would read the addresses of the old one.
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     atexit.register(time.sleep, 0.1)  # a thread of gloo aborts if the interpreter has ended
     atexit.register(dist.destroy_process_group)  # runs before the line above
 
@@ -188,12 +199,9 @@ def place_model(model, blocks, fsdp, runtime):
         return
     from torch.distributed.fsdp import fully_shard  # here, because it takes half a second
 
-    shape = (runtime.world_size,)
-    if fsdp == "hybrid":
-        local = int(os.environ["LOCAL_WORLD_SIZE"])
-        shape = (runtime.world_size // local, local)
-    names = ("replicate", "shard")[-len(shape) :]
-    mesh = dist.init_device_mesh(runtime.device.type, shape, mesh_dim_names=names)
+    local = int(os.environ["LOCAL_WORLD_SIZE"]) if fsdp == "hybrid" else runtime.world_size
+    shape = (runtime.world_size // local, local)
+    mesh = dist.init_device_mesh(runtime.device.type, shape, mesh_dim_names=("replicate", "shard"))
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh)
 
@@ -213,8 +221,8 @@ def shard_like(parameter, tensor):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    placements = parameter.placements
-    return distribute_tensor(tensor, parameter.device_mesh, placements, src_data_rank=None)
+    mesh = parameter.device_mesh
+    return distribute_tensor(tensor, mesh, parameter.placements, src_data_rank=None)
 
 
 def gather(tree, rank):

@@ -6,14 +6,16 @@ tensors, written last, so that it marks the folder as complete. PyTorch can conv
     python -m torch.distributed.checkpoint.format_utils dcp_to_torch out/step-100 out/ckpt.pt
 """
 
+import io
 import pickle
 import shutil
 import warnings
 from contextlib import contextmanager
 
+import torch
 import torch.distributed as dist
 
-from engine.process import atomic, user_error
+from engine.process import UserError, atomic, user_error
 
 # The classes in DCP's table; it is a pickle, which could otherwise run any code.
 TABLE_CLASSES = {
@@ -32,22 +34,26 @@ class TableUnpickler(pickle.Unpickler):
 
 def step_folders(folder):
     """Return the complete step folders in `folder`, the newest first."""
-    complete = [path.parent for path in folder.glob("step-*/rest.pt")]
-    return sorted(complete, key=lambda path: -int(path.name.removeprefix("step-")))
+    return sorted(
+        (marker.parent for marker in folder.glob("step-*/rest.pt")),
+        key=lambda path: (len(path.name), path.name),  # as numbers
+        reverse=True,
+    )
 
 
 @contextmanager
-def plain_errors():
-    """Raise the error of a rank instead of DCP's summary.
+def import_dcp():
+    """Yield DCP's module, and raise the error of a rank instead of DCP's summary.
 
     Also silences DCP's warnings about a single process and about an incomplete folder.
     """
+    import torch.distributed.checkpoint as dcp  # slow, and needed only here
+
     warnings.filterwarnings("ignore", "torch.distributed is disabled|Detected an existing")
     try:
-        yield
-    except dist.checkpoint.CheckpointException as fault:
-        error, _ = fault.failures[min(fault.failures)]
-        raise error from None
+        yield dcp
+    except dcp.CheckpointException as fault:
+        raise fault.failures[min(fault.failures)][0] from None
 
 
 def save_sharded(folder, content):
@@ -55,37 +61,36 @@ def save_sharded(folder, content):
 
     Afterwards only the newest and the best step remain. Raises the same error on every rank.
     """
-    import torch.distributed.checkpoint  # a slow import, needed only here
-
     path = folder / f"step-{content['iter_num']}"
-    with plain_errors():
-        dist.checkpoint.save(content, checkpoint_id=path)
-    if dist.is_initialized() and dist.get_rank() > 0:
-        return
-    optimizer = {"param_groups": content["optimizer"]["param_groups"]}
-    with atomic(path / "rest.pt") as file:
-        torch.save({**content, "model": {}, "optimizer": optimizer}, file)
-    for older in step_folders(folder)[1:]:
-        if older.name != f"step-{content['best_step']}":
-            shutil.rmtree(older)
+    with import_dcp() as dcp:
+        dcp.save(content, checkpoint_id=path)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        with atomic(path / "rest.pt") as file:
+            optimizer = content["optimizer"] | {"state": {}}
+            torch.save(content | {"model": {}, "optimizer": optimizer}, file)
+        for older in step_folders(folder)[1:]:
+            if older.name != f"step-{content['best_step']}":
+                shutil.rmtree(older)
+
+
+def check_table(path):
+    """Raise an error if DCP's table of the step folder `path` could run code or lacks a shard."""
+    with user_error(f"{path}/.metadata", Exception):
+        table = TableUnpickler(io.BytesIO((path / ".metadata").read_bytes())).load()
+        for name, entry in table.state_dict_metadata.items():
+            present = sum(chunk.sizes.numel() for chunk in getattr(entry, "chunks", []))
+            if present < torch.Size(getattr(entry, "size", [0])).numel():
+                raise UserError(f"it lacks a shard of {name}")
 
 
 def load_sharded(path, model, optimizer):
     """Fill `model` and `optimizer` from the step folder `path`; each rank reads its shards."""
-    import torch.distributed.checkpoint
-
-    class Reader(dist.checkpoint.FileSystemReader):
-        def read_metadata(self, *args, **options):
-            with open(path / ".metadata", "rb") as file:
-                return TableUnpickler(file).load()
-
     state = {"model": model.state_dict()}
     if path.name != "step-0":  # before the first update the optimizer has no state
-        for group in optimizer.param_groups:
-            group["lr"] = 0.0
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        optimizer.step()  # an update by nothing makes the state that is to be filled
+        optimizer.step()  # makes the state; the weights that it changes are loaded below
         state["optimizer"] = {"state": optimizer.state_dict()["state"]}
-    with user_error(f"{path} cannot be read", Exception), plain_errors():
-        dist.checkpoint.load(state, storage_reader=Reader(path), no_dist=True)
+    check_table(path)
+    with import_dcp() as dcp:
+        dcp.load(state, checkpoint_id=path, no_dist=True)

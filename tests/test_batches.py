@@ -26,7 +26,8 @@ def draw(tmp_path):
         config = {"batch_size": batch_size, "gradient_accumulation_steps": 12 // batch_size}
         config |= {"block_size": 4, "seed": 1337, "sampling": "random"}
         config |= {"batch_ramp_iters": 0, "batch_ramp_start": 1.0}
-        return Batches(tokens, config | settings, SimpleNamespace(rank=rank, world_size=ranks))
+        runtime = SimpleNamespace(rank=rank, world_size=ranks, device=torch.device("cpu"))
+        return Batches(tokens, config | settings, runtime)
 
     return make
 
@@ -61,7 +62,7 @@ def test_ranks_share_a_growing_step_in_equally_many_micro_batches(draw, step):
 
 def test_processes_that_cannot_share_a_step_get_a_line(draw):
     for ranks, settings in ((5, {}), (6, GROWING)):
-        with pytest.raises(UserError, match=f"^{ranks} processes cannot share the sequences of a "):
+        with pytest.raises(UserError, match=f"^{ranks} processes cannot share 12 sequences"):
             draw(ranks=ranks, **settings)
 
 

@@ -210,15 +210,6 @@ def test_changed_data_are_refused_unless_allowed_and_then_count_from_anew(
     assert load("out/previous/1/best.pt")["best_val_loss"] == 2.0
 
 
-def test_another_number_of_threads_is_reported(launch, tiny):
-    launch(train, *TINY, "--max_iters=1")
-    saved = load("out/ckpt.pt")
-    torch.save({**saved, "threads": 7}, "out/ckpt.pt")
-    out = launch(train, "--init_from=resume", "--max_iters=2")
-    assert "threads: 7 -> 1, which changes the last bits" in out.splitlines()
-    assert log("out")[-2]["iter"] == 1
-
-
 # --- the newest and the best ---------------------------------------------------------------------
 
 
@@ -408,7 +399,7 @@ def test_a_lock_that_is_a_link_is_refused(launch, tiny):
     Path("out").mkdir()
     Path("target").write_text("precious")
     Path("out/.lock").symlink_to(Path("target").resolve())
-    with pytest.raises(SystemExit, match="error: out: Too many levels of symbolic links"):
+    with pytest.raises(SystemExit, match="error: out/.lock: Too many levels of symbolic links"):
         launch(train, *TINY, "--max_iters=1")
     assert Path("target").read_text() == "precious"
 
@@ -428,7 +419,6 @@ def test_a_checkpoint_is_nanogpts_with_more_keys(launch, tiny):
         "wandb_id",
         "best_step",
         "bad_steps",
-        "threads",
     }
     assert saved.keys() == keys | more
     fields = {"n_layer", "n_head", "n_embd", "block_size", "bias", "vocab_size", "dropout"}
@@ -470,23 +460,3 @@ def test_a_checkpoint_of_nanogpt_resumes_with_its_optimizer_and_is_sampled(
         train, "--init_from=resume", "--out_dir=theirs", "--max_iters=9"
     )
     assert load("theirs/ckpt.pt")["optimizer"]["state"][0]["step"] == 9
-
-
-def test_a_folder_of_the_older_layout_resumes_from_its_newest_state(launch, tiny, monkeypatch):
-    """Until 2026-11 the newest state was last.pt, and ckpt.pt the best, if only that was kept."""
-    options = *FULL, *RECIPE, "--eval_interval=2"
-    launch(train, *options, "--max_iters=8", "--out_dir=straight")
-    launch(train, *options, "--max_iters=4")
-    os.rename("out/ckpt.pt", "out/last.pt")
-    older = load("out/last.pt")
-    for name in ("best_step", "bad_steps", "threads"):
-        del older[name]
-    older["watch"] = {"recent": [1.0], "skipped": 0}
-    older["config"] |= {"rollbacks": 0, "fast_parts": True, "save_interval": 0.0}
-    torch.save(older, "out/last.pt")
-    shutil.copy("straight/best.pt", "out/ckpt.pt")
-    assert "steps: 4 to 8" in launch(train, "--init_from=resume", "--max_iters=8")
-    assert_equal(load("straight/ckpt.pt"), load("out/ckpt.pt"))
-    assert losses("straight") == losses("out")
-    assert files("out/previous/1") == ["best.pt", "ckpt.pt", "last.pt", "log.jsonl"]
-    assert files("out") == ["best.pt", "ckpt.pt", "log.jsonl", "previous"]

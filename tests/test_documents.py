@@ -175,9 +175,9 @@ def test_a_broken_file_is_named_in_one_line(prepare, tmp_path, name, content, li
     "arguments, line",
     [
         (["--tokenizer=char"], "documents need an end-of-text token: tokenizer=gpt2, bytes or bp"),
-        (["--tokenizer=gpt7"], "no tokenizer gpt7: "),
+        (["--tokenizer=gpt7"], "no tokenizer 'gpt7': "),
         (["--dataset=../x"], "--dataset=../x: give a new name, of a folder to be made in "),
-        (["--input="], "--input=: give .parquet, .jsonl, .json, .csv or .txt files"),
+        (["--input="], "no input: No such file"),
         (["--limit=1"], "limit=1 must be at least 2 and below "),
         (["--input=one.txt"], "1 documents leave a split empty; give more, or their number with "),
     ],
@@ -192,13 +192,12 @@ def test_a_mistake_gets_one_line(prepare, arguments, line):
 
 
 def test_files_of_the_hub_are_pinned_to_a_commit(monkeypatch):
-    hub = SimpleNamespace(
-        dataset_info=lambda repository, revision: SimpleNamespace(sha={"main": "c0ffee"}[revision]),
-        glob=lambda pattern: [pattern.replace("*", name) for name in "ba"],
-    )
+    names = "in/b.parquet", "in/a.parquet", "README.md"
+    files = [SimpleNamespace(rfilename=name) for name in names]
+    info = SimpleNamespace(sha="c0ffee", siblings=files)
+    hub = SimpleNamespace(dataset_info=lambda name, revision, timeout: info)
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: hub)
-    monkeypatch.setattr(huggingface_hub, "HfFileSystem", lambda: hub)
-    found = documents.find_files(None, "some/corpus", "in/*.parquet", "main")
+    found = documents.find_on_hub("some/corpus", "in/*.parquet", "main")
     folder = "hf://datasets/some/corpus@c0ffee/in"
     assert found == [f"{folder}/a.parquet", f"{folder}/b.parquet"]
 
@@ -207,7 +206,7 @@ def test_a_hub_out_of_reach_gets_a_line_with_a_way_out(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "HfApi", None)
     line = r"^cannot list some/corpus on the hub \(offline, give --input=PATH\): "
     with pytest.raises(UserError, match=line):
-        documents.find_files(None, "some/corpus", "*", "main")
+        documents.find_on_hub("some/corpus", "*", "main")
 
 
 # --- interruptions -------------------------------------------------------------------------------

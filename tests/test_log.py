@@ -70,7 +70,8 @@ def test_wandb_continues_its_run(launch, tiny, monkeypatch):
     fake = types.SimpleNamespace(init=init, Error=RuntimeError)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     launch(train, *TINY, "--wandb_log=True", "--max_iters=2")
-    launch(train, "--init_from=resume", "--max_iters=3")
+    launch(train, "--init_from=resume", "--max_iters=3", "--wandb_log=True")
+    launch(train, "--init_from=resume", "--max_iters=4")  # no checkpoint switches it on
     assert [call["id"] for call in calls] == [None, "new"]
     assert [entry["iter"] for entry in logged if "loss" in entry] == [0, 1, 2]
 

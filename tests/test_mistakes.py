@@ -185,12 +185,12 @@ BPE = {"tokenizer": "own", "pairs": ["ab"], "vocab_size": 258}
         ),
         (
             lambda: put(TRAIN, ids(*[1] * 500, 21, *[1] * 500)),
-            f"{{tmp}}/{TRAIN} contains token id 21, but the vocabulary has only 21 tokens",
+            f"{{tmp}}/{TRAIN} contains token id 21, but the vocabulary has only 21 tokens; ...",
         ),
         (lambda: put(META, b""), f"{NO_META} (...); {AGAIN}"),
         (lambda: put(META, b"garbage"), f"{NO_META} (invalid literal for int() ...); {AGAIN}"),
         (lambda: put(META, Path(META).read_bytes()[:50]), f"{NO_META} (...); {AGAIN}"),
-        (lambda: put(META, pickle.dumps([1])), f"{NO_META} (list indices must be ...); {AGAIN}"),
+        (lambda: put(META, pickle.dumps([1])), f"{NO_META} ('vocab_size'); {AGAIN}"),
         (lambda: put(META, pickle.dumps({})), f"{NO_META} ('vocab_size'); {AGAIN}"),
         (lambda: put(META, b"\x80\x02}r\xff\xff\xff\x7f."), f"{NO_META} ('vocab_size'); {AGAIN}"),
         (lambda: meta(vocab_size="21"), f"{NO_META} (its vocab_size is '21'); {AGAIN}"),
@@ -259,9 +259,15 @@ UNREADABLE = "run/ckpt.pt cannot be read as a checkpoint: "
     [
         (lambda: put(CKPT, b""), UNREADABLE + "File is not a zip file"),
         (lambda: put(CKPT, Path(CKPT).read_bytes()[:9000]), UNREADABLE + "File is not a zip file"),
-        (flip_a_weight, UNREADABLE + "ckpt/data/0 in it is damaged"),
-        (lambda: torch.save(Payload(), CKPT), UNREADABLE + "Weights only load failed"),
-        (lambda: change(config=Payload()), UNREADABLE + "Weights only load failed"),
+        (flip_a_weight, UNREADABLE + "it is damaged"),
+        (
+            lambda: torch.save(Payload(), CKPT),
+            UNREADABLE + "it holds ['io.open']; if you trust the file, ...",
+        ),
+        (
+            lambda: change(config=Payload()),
+            UNREADABLE + "it holds ['io.open']; if you trust the file, ...",
+        ),
         (lambda: torch.save([1], CKPT), UNREADABLE + "..."),
         (lambda: torch.save({"weight": torch.zeros(2)}, CKPT), UNREADABLE + "..."),
         (lambda: change(model=None), UNREADABLE + "'model'"),
@@ -288,19 +294,19 @@ def test_a_wrong_checkpoint(launch, script, spoil, line):
             bool,
             train,
             ["--init_from=resume", "--out_dir=no"],
-            "no/ckpt.pt cannot be read as a checkpoint: No such file or directory",
+            "no/ckpt.pt cannot be read as a checkpoint: ...",
         ),
         (
             bool,
             sample,
             ["--out_dir=no"],
-            "no/ckpt.pt cannot be read as a checkpoint: No such file or directory",
+            "no/ckpt.pt cannot be read as a checkpoint: ...",
         ),
         (
             bool,
             train,
             [*RESUME, "--checkpoint_file=no.pt"],
-            "run/no.pt cannot be read as a checkpoint: No such file or directory",
+            "run/no.pt cannot be read as a checkpoint: no such file; there ...",
         ),
         (
             lambda: change(optimizer=None),
@@ -392,22 +398,20 @@ def test_a_wrong_pretrained_folder(launch, pretrained, spoil):
 
 # --- prompts and the benchmark -------------------------------------------------------------------
 
-NO_TEXT = "cannot read the prompt as UTF-8 text: "
-
 
 @pytest.mark.parametrize(
     "script, arguments, line",
     [
         (sample, ["--start=1+1"], "1 unknown characters: '+'"),
-        (sample, ["--start=FILE:latin1.txt"], NO_TEXT + "..."),
-        (sample, ["--start=FILE:no.txt"], NO_TEXT + "No such file or directory"),
-        (sample, ["--prompts=run"], NO_TEXT + "Is a directory"),
+        (sample, ["--start=FILE:latin1.txt"], "latin1.txt is not UTF-8 text in line 1; ..."),
+        (sample, ["--start=FILE:no.txt"], "no.txt: No such file or directory"),
+        (sample, ["--prompts=run"], "run: Is a directory"),
         (sample, ["--num_samples=0"], "num_samples=0 must be at least 1 and below 2147483648"),
         (sample, ["--top_p=2"], "top_p=2.0 must be at least 0 and below 1.01"),
         (
             sample,
             ["--out=no/such/samples.jsonl"],
-            "no/such/samples.jsonl: No such file or directory",
+            "{tmp}/no/such/samples.jsonl: No such file or directory",
         ),
         (bench, ["--steps=0"], "steps=0 must be at least 1 and below 2147483648"),
         (

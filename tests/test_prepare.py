@@ -14,7 +14,8 @@ import regex
 from tiktoken_ext import openai_public
 
 from configurator import configure
-from data.tokenizer import GPT2, PIECE, WORDS, BPETokenizer, make_tokenizer, read_meta
+from data.bpe import WORDS
+from data.tokenizer import GPT2, PIECE, BPETokenizer, make_tokenizer, read_meta
 
 SHAKESPEARE = Path(__file__).resolve().parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.exists(), reason="no Tiny Shakespeare")
@@ -120,11 +121,14 @@ def test_a_long_text_without_words_is_encoded(text, gpt2_files):
 @pytest.mark.parametrize(
     "arguments, line",
     [
-        (["--input=no.txt"], "no.txt (give a UTF-8 text file or a folder): No such file"),
-        (["--input=latin1.txt"], "latin1.txt (give a UTF-8 text file or a folder): 'utf-8' codec "),
+        (["--input=no.txt"], "no.txt: No such file or directory"),
+        (
+            ["--input=latin1.txt"],
+            "latin1.txt is not UTF-8 text in line 1; convert it: iconv -f latin1 -t utf-8",
+        ),
         (["--dataset=../x"], "--dataset=../x: give the name of a new folder in data/"),
-        (["--tokenizer=gpt7"], "no tokenizer gpt7: Unknown encoding gpt7"),
-        (["--tokenizer=bpe"], "no tokenizer bpe: "),
+        (["--tokenizer=gpt7"], "no tokenizer 'gpt7': Unknown encoding gpt7; offline, "),
+        (["--tokenizer=bpe"], "no tokenizer 'bpe': "),
         (["--tokenizer=bpe:x"], "tokenizer=bpe:x, give a size such as bpe:8192: "),
         (["--val_fraction=1"], "val_fraction=1.0 must be at least 1e-06 and below 1"),
     ],

@@ -287,7 +287,7 @@ def test_a_rank_that_is_silent_ends_the_others_after_the_timeout(start, tiny):
 def test_a_step_that_cannot_be_shared_gets_a_line(finish, tiny):
     err = finish(*TINY, "--batch_size=3", processes=2, status=1)
     line = (
-        "2 processes cannot share the sequences of a step, 3 or less; change batch_size, "
+        "2 processes cannot share 3 sequences or less; change batch_size, "
         "gradient_accumulation_steps or the number of processes"
     )
     assert "error: " in err and line in err

@@ -75,9 +75,7 @@ def test_a_resume_is_exact_and_pytorchs_tool_makes_a_checkpoint_to_sample_from(
 def test_a_hostile_table_runs_nothing(launch, tiny):
     launch(train, *RUN, "--max_iters=2")
     Path("out/step-2/.metadata").write_bytes(pickle.dumps(Payload()))
-    with pytest.raises(
-        SystemExit, match="error: out/step-2 cannot be read: .*it asks to run io.open"
-    ):
+    with pytest.raises(SystemExit, match="out/step-2/.metadata: it asks to run io.open"):
         launch(train, "--init_from=resume", "--max_iters=3")
     assert not Path("proof").exists()
 

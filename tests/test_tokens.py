@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.tokenizer import GPT2, make_meta, make_tokenizer, read_meta, train_bpe
-from data.tokens import TokenFile, send, write_dataset
+from data.bpe import train_bpe
+from data.tokenizer import GPT2, make_meta, make_tokenizer, read_meta
+from data.tokens import TokenFile, write_dataset
 from engine.process import UserError
 
 META = {"vocab_size": 100}
@@ -34,7 +35,7 @@ def test_every_id_arrives_on_the_device_as_it_was_written(tmp_path, vocab_size, 
     write_dataset(tmp_path, {"vocab_size": vocab_size}, train=[ids])
     assert (tmp_path / "train.bin").stat().st_size == size
     tokens = TokenFile(tmp_path / "train.bin", read_meta(tmp_path), 4)
-    sent = send(tokens.windows(np.array([0]), 5), torch.device("cpu"))
+    sent = tokens.windows(np.array([0]), 5)
     assert sent.dtype == torch.int64 and sent.tolist() == [ids]
 
 

@@ -1,4 +1,4 @@
-"""Measure a model on a text: loss, perplexity, bits per byte, accuracy, and loss by position.
+"""Measure a model on a text: loss, perplexity, bits per byte and accuracy.
 
     python tools/evaluate.py --out_dir=out-shakespeare-char
     python tools/evaluate.py --out_dir=out-shakespeare-char --text=play.txt > figures.json
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import configure
-from data.tokenizer import read_meta
+from data.tokenizer import read_meta, read_text
 from data.tokens import TokenFile
 from engine.process import UserError, one_line_errors, user_error, user_path
 from engine.runtime import start_runtime
@@ -51,10 +51,10 @@ ROOT = Path(__file__).resolve().parents[1]
 def read_ids(tokenizer, trained_on):
     """Return the ids of the text, or of a split of the dataset, as an array of at least 2."""
     if text:
-        with user_error(text, OSError, ValueError):  # no such file, not UTF-8, unknown characters
-            ids = np.array(tokenizer.encode(user_path(text).read_text("utf-8")))
+        with user_error(text, ValueError):  # characters that the vocabulary lacks
+            ids = np.array(tokenizer.encode(read_text(user_path(text))))
         if len(ids) < 2:
-            raise UserError(f"{text} holds {len(ids)} tokens; give at least 2")
+            raise UserError(f"{text} has {len(ids)} tokens; give at least 2")
         return ids
     if not (dataset or trained_on):
         raise UserError("give --dataset=NAME or --text=FILE: the model names no dataset")
@@ -70,42 +70,26 @@ def read_ids(tokenizer, trained_on):
 def evaluate(model, tokenizer, ids, runtime):
     """Return the figures of the model on `ids`, a dict."""
     T = min(model.config.block_size, len(ids) - 1)
-    losses = torch.zeros(T, dtype=torch.float64)  # sums by position in the window
-    counts = torch.zeros(T, dtype=torch.int64)
-    correct = size = 0
+    loss = correct = size = 0
     for start in tqdm(range(0, len(ids) - 1, T), unit=" windows", leave=False, disable=None):
         window = torch.from_numpy(ids[start : start + T + 1].astype(np.int64))
         window = window.to(runtime.device)
         targets = window[1:]
         with runtime.autocast():
             logits = model.lm_head(model.hidden(window[None, :-1])[0]).float()  # (T, V)
-        losses[: len(targets)] += F.cross_entropy(logits, targets, reduction="none").cpu()
-        counts[: len(targets)] += 1
+        loss += F.cross_entropy(logits, targets, reduction="none").cpu().double().sum().item()
         correct += (logits.argmax(1) == targets).sum().item()
         text_ids = [index for index in targets.tolist() if index != tokenizer.eot]
         size += len(tokenizer.decode_bytes(text_ids))
-    return figures_of(losses, counts, correct, size)
-
-
-def figures_of(losses, counts, correct, size):
-    """Return the figures, a dict, for sums of losses (T) and of tokens (T) by position."""
-    total = losses.sum().item()
-    count = int(counts.sum())
-    figures = {
+    count = len(ids) - 1
+    return {
         "tokens": count,
         "bytes": size,
-        "loss": total / count,
-        "perplexity": math.exp(min(total / count, 99)),
-        "bits_per_byte": total / math.log(2) / max(1, size),
+        "loss": loss / count,
+        "perplexity": math.exp(min(loss / count, 99)),
+        "bits_per_byte": loss / math.log(2) / max(1, size),
         "accuracy": correct / count,
     }
-    T = len(losses)
-    for power in range((T - 1).bit_length() + 1):
-        first = 2**power // 2
-        last = min(2**power, T)
-        mean = losses[first:last].sum() / counts[first:last].sum()
-        figures[f"loss at position {first + 1} to {last}"] = mean.item()
-    return figures
 
 
 @one_line_errors("evaluate on the CPU: --device=cpu")

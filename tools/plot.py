@@ -4,18 +4,16 @@
     python tools/plot.py --runs=out-a,out-b --x=seconds --picture=compare.png
 
 Reads log.jsonl, also while the run writes it. A dotted line marks a resume, and a gap marks numbers
-that were not finite. Runs with --health_interval get heat maps of the norms of each block.
+that were not finite.
 """
 
 import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from configurator import configure
-from engine.process import UserError, one_line_errors, user_error, user_path
+from engine.process import UserError, atomic, one_line_errors, user_error, user_path
 
 runs = "out"              # folders of runs, with commas between them
 x = "steps"               # horizontal axis: steps, tokens or seconds
@@ -66,32 +64,22 @@ class Run:
         values = [line[name] for line in lines]
         return places, values
 
-    def blocks(self, figure):
-        """Return the names in the log of a figure for each block and table, such as figure/h.0."""
-        names = dict.fromkeys(name for line in self.lines for name in line)  # in order
-        return [name for name in names if name.startswith(f"{figure}/")]
-
 
 # --- draw ----------------------------------------------------------------------------------------
 
 
 def draw(all_runs):
-    """Return a picture of all PANELS, and of the blocks of each run that logged them."""
+    """Return a picture of all PANELS."""
     from matplotlib.figure import Figure
 
-    watched = [run for run in all_runs if run.blocks("weight_norm")]
-    rows = 2 + len(watched)
-    figure = Figure(figsize=(13, 4 * rows), layout="constrained")
-    panels = figure.subplots(rows, 2)
-    for panel, name in zip(panels.flat, PANELS, strict=False):
+    figure = Figure(figsize=(13, 8), layout="constrained")
+    panels = figure.subplots(2, 2)
+    for panel, name in zip(panels.flat, PANELS, strict=True):
         panel.set(xlabel=x, ylabel=PANELS[name])
         for run in all_runs:
             panel.plot(*run.curve(name), alpha=0.5, linewidth=1)
     panels[0, 1].set_yscale("log")
     draw_evaluations(all_runs, panels[0, 0])
-    for run, row in zip(watched, panels[2:], strict=True):
-        draw_blocks(run, "grad_norm", row[0])
-        draw_blocks(run, "weight_norm", row[1])
     return figure
 
 
@@ -107,22 +95,12 @@ def draw_evaluations(all_runs, panel):
     panel.legend(frameon=False)
 
 
-def draw_blocks(run, figure, panel):
-    """Draw a heat map of a figure: a row for each block, training from left to right."""
-    names = run.blocks(figure)
-    places, _ = run.curve(names[0])
-    values = np.array([run.curve(name)[1] for name in names], float)  # None becomes NaN
-    logarithms = np.log10(values.clip(1e-9))
-    mesh = panel.pcolormesh(places, names, logarithms, shading="nearest")
-    panel.figure.colorbar(mesh, ax=panel)
-    panel.set(title=f"{run.name}: log10 of norms", xlabel=x)
-
-
 @one_line_errors()
 def main(config):
     all_runs = [Run(name) for name in runs.split(",")]
-    with user_error(picture, OSError, ValueError):  # no such folder, an unknown format
-        draw(all_runs).savefig(user_path(picture), dpi=110)
+    path = user_path(picture)
+    with atomic(path.resolve()) as file, user_error(picture, ValueError):  # an unknown format
+        draw(all_runs).savefig(file, format=path.suffix[1:], dpi=110)
     print(f"{picture}: {runs}")
 
 

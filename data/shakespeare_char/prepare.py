@@ -6,11 +6,11 @@
 
 import hashlib
 import sys
-import urllib.request
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import configure
+from data.bpe import download
 from data.tokenizer import CharTokenizer, make_meta
 from data.tokens import write_dataset
 from engine.process import UserError, atomic, one_line_errors, user_error, user_path
@@ -29,10 +29,9 @@ def read_corpus(path, folder):
     if not path and not source.exists():
         advice = f"offline, put a copy at {source} or give --input=PATH"
         with user_error(f"cannot download {URL} ({advice})", Exception):
-            with urllib.request.urlopen(URL, timeout=20) as response, atomic(source) as file:
-                file.write(checked(response.read(), URL))
-    with user_error(source, OSError):
-        return checked(source.read_bytes(), source).decode()
+            with atomic(source) as file:
+                file.write(checked(download(URL), URL))
+    return checked(source.read_bytes(), source).decode()
 
 
 def checked(content, source):
