@@ -8,6 +8,7 @@ arXiv:2005.14165, appendix B) for the optimizer; nanoGPT for parameter names and
 
 import math
 from dataclasses import dataclass
+from reprlib import repr as short  # bounds what is printed
 
 import torch
 import torch.nn.functional as F
@@ -35,13 +36,13 @@ class GPTConfig:
     tied: bool = True  # the token table is also the head (Press and Wolf, arXiv:1608.05859)
 
     def __post_init__(self):
-        heads = self.n_head
-        if self.position == "rotary":
-            heads *= 2  # rotary positions need an even head size
-        if self.position not in ("learned", "rotary") or self.n_embd % heads:
+        sizes = [self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd]
+        divisor = {"learned": 1, "rotary": 2}.get(self.position, 1e9)
+        are_numbers = {*map(type, sizes)} == {int} and min(sizes) > 0 and self.n_layer <= 1000
+        if not are_numbers or self.n_embd % (divisor * self.n_head):
             raise UserError(
-                f"position={self.position}, n_embd={self.n_embd}, n_head={self.n_head}: n_embd "
-                f"must be a multiple of n_head, and of twice n_head with rotary positions"
+                f"n_embd must be a multiple of n_head, and of twice n_head with rotary positions; "
+                f"block_size, vocab_size, n_layer, n_head, n_embd are {short(sizes)}"
             )
 
 
@@ -73,7 +74,8 @@ class CausalSelfAttention(nn.Module):
         qkv = self.c_attn(x).view(B, T, 3, config.n_head, -1)  # (B, T, 3, H, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
         if rotation is not None:
-            q, k = rotate(q, rotation), rotate(k, rotation)
+            q = rotate(q, rotation)
+            k = rotate(k, rotation)
         if config.rms_norm:
             q, k = rms_norm(q), rms_norm(k)
         if cache is not None:  # (2, B, H, capacity, D)
@@ -132,9 +134,9 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
+            if name.endswith(".bias"):
+                nn.init.zeros_(parameter)
             if name.endswith("c_proj.weight"):  # 2L of them add to the residual stream (GPT-2)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
@@ -149,19 +151,15 @@ class GPT(nn.Module):
         cross-entropy in nats per token; with `loss_only` the loss alone, which takes less memory.
         Without targets: the logits of the last position (B, 1, V), and None.
         """
-        x = self.hidden(idx)
+        x = self.hidden(idx)  # (B, T, C)
         if targets is None:
             return self.lm_head(x[:, -1:]), None
-        return self.head_loss(x, targets, loss_only)
-
-    def head_loss(self, x, targets, loss_only):
-        """Return logits and loss, or the loss alone, for the final hidden states x (B, T, C)."""
-        rows, targets = x.flatten(0, 1), targets.flatten()
+        targets = targets.flatten()
         if loss_only:
-            return cross_entropy(rows, self.lm_head.weight, targets)
-        logits = self.lm_head(rows)
-        loss = F.cross_entropy(logits.float(), targets, ignore_index=-1)
-        return logits.view(*x.shape[:2], -1), loss
+            return cross_entropy(x.flatten(0, 1), self.lm_head.weight, targets)
+        logits = self.lm_head(x)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=-1)
+        return logits, loss
 
     def hidden(self, idx, cache=None, past=0):
         """Return the final hidden states (B, T, C) of token ids `idx` (B, T).
@@ -182,7 +180,7 @@ class GPT(nn.Module):
         x = dropout(x, config.dropout, self.training)
         caches = cache or [None] * config.n_layer
         for block, block_cache in zip(self.transformer.h, caches, strict=True):
-            if self.activation_checkpointing and self.training and cache is None:
+            if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
                 x = block(x, rotation, block_cache, past)
@@ -259,7 +257,7 @@ class GPT(nn.Module):
         """
         with torch.device("meta"):  # no memory and no random numbers for weights to be replaced
             model = cls(config)
-        copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}
+        copies = {name: tensor.float().clone() for name, tensor in state.items()}
         with user_error("the weights do not fit the model", RuntimeError):
             model.load_state_dict(copies, assign=True)
         model.tie_weights()
@@ -295,9 +293,9 @@ class GPT(nn.Module):
         block_size = config.block_size
         context = idx[:, -block_size:]
         capacity = min(block_size, context.size(1) + max_new_tokens)
-        size = (2, len(idx), config.n_head, capacity, config.n_embd // config.n_head)
-        weight = self.lm_head.weight
-        cache = [weight.new_empty(size) for _ in self.transformer.h]
+        D = config.n_embd // config.n_head
+        empty = self.lm_head.weight.new_empty(2, len(idx), config.n_head, capacity, D)
+        cache = [torch.empty_like(empty) for _ in self.transformer.h]
         x = self.hidden(context, cache)  # first step: read the prompt
         for _ in range(max_new_tokens):  # second step: decode one token at a time
             logits = self.lm_head(x[:, -1])

@@ -61,8 +61,10 @@ def load_model(config, device):
     dataset = ""
     if config["init_from"] == "resume":
         saved = find_checkpoint(user_path(config["out_dir"]), config["checkpoint_file"])
-        model = GPT.from_state(GPTConfig(**saved["model_args"]), saved["model"])
-        dataset = str(saved["config"].get("dataset", ""))
+        with user_error(f"{saved['path']} cannot be used", TypeError, AttributeError):
+            dataset = str(saved["config"].get("dataset", ""))
+            shape = GPTConfig(**{**saved["model_args"], "dropout": 0.0})
+        model = GPT.from_state(shape, saved["model"])
         meta = saved.get("tokenizer") or read_meta(ROOT / "data" / dataset)  # nanoGPT saves none
     else:
         model = GPT.from_pretrained(config["init_from"])
@@ -127,9 +129,8 @@ def main(config):
     for prompt in read_prompts():
         samples += generate(prompt, model, tokenizer)
     if out:
-        lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples]
         with atomic(user_path(out).resolve()) as file:
-            file.write("".join(lines).encode())
+            file.writelines(json.dumps(sample).encode() + b"\n" for sample in samples)
 
 
 if __name__ == "__main__":

@@ -119,10 +119,12 @@ def build_model(saved, meta, config):
     """Return the model on the CPU, from the checkpoint `saved` or else as init_from says."""
     torch.manual_seed(seed)
     if saved:
-        fields, weights = saved["model_args"], saved["model"]
+        with user_error("the checkpoint's model_args", TypeError):
+            fields, weights = vars(GPTConfig(**saved["model_args"])), saved["model"]
     elif init_from == "scratch":
-        fields = {name: config[name] for name in vars(GPTConfig()) if name in config}
-        fields["vocab_size"] = meta["vocab_size"]
+        fields = {name: config[name] for name in vars(GPTConfig()) if name in config} | {
+            "vocab_size": meta["vocab_size"]
+        }
         weights = None
     else:
         fields, weights = load_pretrained(init_from)

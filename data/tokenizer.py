@@ -182,5 +182,6 @@ def make_meta(name, texts):
 
 def make_tokenizer(meta):
     """Return the tokenizer that the meta of a dataset or of a checkpoint describes."""
-    with user_error("the description of the tokenizer", LookupError, TypeError, AttributeError):
+    damage = LookupError, TypeError, AttributeError, OverflowError
+    with user_error("the description of the tokenizer", *damage):
         return CharTokenizer(meta) if "stoi" in meta else BPETokenizer(meta)

@@ -139,6 +139,8 @@ def read_config(theirs):
         raise UserError(f"its model_type is {kind!r}; gpt2 and nanochat are allowed")
     config = {ours: getattr(theirs, field, True) for ours, field in FIELDS.items()}
     config |= SHAPES[kind]
+    if not 0 < config["n_layer"] <= 1000:
+        raise UserError("it must have from 1 to 1000 layers")
     activation = "hidden_act" if kind == "nanochat" else "activation_function"
     config["gelu_tanh"] = getattr(theirs, activation) != "gelu"
     for field, allowed in transformers_config(config).items():

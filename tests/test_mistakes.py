@@ -98,10 +98,10 @@ NO_FILE = "a setting is given as --key=value"
         ),
         (["data"], f"no config file 'data'; {NO_FILE}"),
         (["--beta1=1"], "beta1=1.0 must be at least 0 and below 1"),
-        ([*TINY, "--n_head=3"], "position=learned, n_embd=32, n_head=3: ..."),
+        ([*TINY, "--n_head=3"], "n_embd must be a multiple of n_head, and of twice n_head ..."),
         (
             [*TINY, "--n_head=32", "--position=rotary"],
-            "position=rotary, n_embd=32, ...",
+            "n_embd must be a multiple of n_head, and of twice n_head ...",
         ),
         ([*TINY, "--position=alibi"], "position='alibi': choose one of ['learned', 'rotary']"),
         ([*TINY, "--fsdp=full"], "fsdp='full': choose one of [True, False, 'hybrid']"),
@@ -277,7 +277,7 @@ UNREADABLE = "run/ckpt.pt cannot be read as a checkpoint: "
         ),
         (
             lambda: change(model_args={**SIZES, "n_head": 5}),
-            "position=learned, n_embd=32, n_head=5: ...",
+            "n_embd must be a multiple of n_head, and of twice n_head ...",
         ),
     ],
 )

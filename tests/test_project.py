@@ -82,7 +82,7 @@ def test_no_function_is_replaced_from_outside():
 
 EDITS = {
     "nothing": ("", ""),
-    "head_loss": ("return cross_entropy(rows,", "return 2 * cross_entropy(rows,"),
+    "loss": ("return cross_entropy(x.", "return 2 * cross_entropy(x."),
     "MLP.forward": ("x = F.gelu(x", "x = F.gelu(2 * x"),
     "attention": ("y = attention(q, k, v,", "y = attention(q, k, v / 2,"),
     "mask": ("is_causal=T > 1", "is_causal=False"),
