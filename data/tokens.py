@@ -8,7 +8,7 @@ reads and writes the same files.
 import hashlib
 import os
 import pickle
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 import numpy as np
 import torch
@@ -37,7 +37,8 @@ def write_dataset(folder, meta, **splits):
                 file.write(np.asarray(ids, dtype).tobytes())
             file.flush()
             os.fsync(file.fileno())
-            print(f"{path}: {file.tell() // dtype.itemsize:,} tokens")
+            with suppress(OSError):  # the data matter, also if nobody can read this line
+                print(f"{path}: {file.tell() // dtype.itemsize:,} tokens")
         if meta != GPT2:
             pickle.dump(meta, stack.enter_context(atomic(folder / "meta.pkl")))
     if meta == GPT2:

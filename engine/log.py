@@ -54,11 +54,15 @@ class Log:
         """Log to the wandb run `run_id`, or to a new one if it is empty, and return its id."""
         import wandb
 
-        names = {"project": self.config["wandb_project"], "name": self.config["wandb_run_name"]}
-        config = dict(self.config)
         with user_error("wandb cannot be used, try WANDB_MODE=offline", wandb.Error):
             self.wandb = wandb.init(
-                config=config, id=run_id or None, resume="allow", dir=folder, **names
+                project=self.config["wandb_project"],
+                name=self.config["wandb_run_name"],
+                config=dict(self.config),
+                id=run_id or None,
+                resume="allow",
+                dir=folder,
+                settings={"init_timeout": 10},  # seconds
             )
         return self.wandb.id
 

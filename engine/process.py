@@ -44,6 +44,7 @@ def one_line_errors(out_of_memory="take a machine with more memory"):
     `out_of_memory` is the script's advice for a model that does not fit. Every rank prints its own
     line, ranks other than 0 with their number.
     """
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # closed by 2>&-
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a sample may hold any character
     try:
@@ -62,14 +63,13 @@ def one_line_errors(out_of_memory="take a machine with more memory"):
 def explain(fault, out_of_memory):
     """Return the line that a user should see for an exception, or "" if it is a bug."""
     text = str(fault)
-    kinds = [kind.__name__ for kind in type(fault).__mro__]
     if isinstance(fault, UserError | FloatingPointError):  # the second: a model with NaN weights
         return text
     if isinstance(fault, ModuleNotFoundError):
         return f"this needs the package {fault.name}: pip install {fault.name}"
-    if "MemoryError" in kinds or "out of memory" in text or "can't allocate memory" in text:
+    if isinstance(fault, MemoryError) or "out of memory" in text or "can't allocate" in text:
         return f"out of memory: {out_of_memory}"
-    if "DistError" in kinds or "gloo" in text:
+    if type(fault).__name__.startswith("Dist") or "gloo" in text:  # such as DistNetworkError
         return f"another process has ended or is out of reach ({reason(fault)}); resume the run"
     if isinstance(fault, OSError):
         return f"{fault.filename}: {reason(fault)}" if fault.filename else reason(fault)

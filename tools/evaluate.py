@@ -51,8 +51,9 @@ ROOT = Path(__file__).resolve().parents[1]
 def read_ids(tokenizer, trained_on):
     """Return the ids of the text, or of a split of the dataset, as an array of at least 2."""
     if text:
+        content = read_text(user_path(text))
         with user_error(text, ValueError):  # characters that the vocabulary lacks
-            ids = np.array(tokenizer.encode(read_text(user_path(text))))
+            ids = np.array(tokenizer.encode(content))
         if len(ids) < 2:
             raise UserError(f"{text} has {len(ids)} tokens; give at least 2")
         return ids

@@ -29,8 +29,9 @@ def read_corpus(path, folder):
     if not path and not source.exists():
         advice = f"offline, put a copy at {source} or give --input=PATH"
         with user_error(f"cannot download {URL} ({advice})", Exception):
-            with atomic(source) as file:
-                file.write(checked(download(URL), URL))
+            content = checked(download(URL), URL)
+        with atomic(source) as file:
+            file.write(content)
     return checked(source.read_bytes(), source).decode()
 
 
