@@ -3,7 +3,7 @@
 A script ends with `main(configure(globals()))`. Its settings are the lower-case globals with a
 trailing comment before its first function. The type of a setting comes from its annotation or else
 from its default; --help shows the comment. ALLOWED maps names of settings to a list of allowed
-values or to a tuple (minimum, exclusive maximum).
+values or to a tuple (minimum, maximum).
 
 Arguments are read from left to right, and the last one wins. A config file is Python code that
 assigns settings; underscored names, functions and imports in it are helpers.
@@ -16,12 +16,18 @@ import re
 import runpy
 import sys
 from collections import namedtuple
+from reprlib import repr as short  # bounds nested values
 
 from engine.process import reason
 
 Setting = namedtuple("Setting", "kinds default help")  # kinds: ["int", "None"]; help: its lines
 # An optional heading, then `name: kinds = default  # comment`.
 SETTING = re.compile(r"(?m)^(?:# .*\n)?([a-z]\w*)(?:: (.*?))? = (.*?) *(?:#.*)?$")
+# What people type, and the setting that they mean.
+OTHER_NAMES = dict(
+    map(str.split, "lr learning_rate,steps max_iters,epochs max_iters,n num_samples,prompt start,"
+    "length max_new_tokens,tokens max_new_tokens,layers n_layer,heads n_head".split(","))
+)  # fmt: skip
 PROJECT = os.path.dirname(os.path.realpath(__file__))
 
 
@@ -31,7 +37,7 @@ class Config(dict):
     def __init__(self, settings, allowed):
         super().__init__({name: setting.default for name, setting in settings.items()})
         self.settings = settings  # name -> Setting
-        self.allowed = allowed  # name -> [value, ...] or (minimum, exclusive maximum)
+        self.allowed = allowed  # name -> [value, ...] or (minimum, maximum)
         self.flags = set()  # names given as arguments
         self.faults = []  # a line for each mistake in an argument or a config file
 
@@ -41,17 +47,19 @@ class Config(dict):
     def assign(self, name, value, source=""):
         """Set `name` to `value`, where 1 is a valid float and 1e4 a valid int; or note a fault."""
         kinds = self.kinds(name)
-        if "float" in kinds and type(value) is int and abs(value) < 2**63:
+        if "float" in kinds and type(value) is int and value.bit_length() < 64:
             value = float(value)
         elif "int" in kinds and type(value) is float and value.is_integer():
             value = int(value)
         if not kinds:
-            [closest] = difflib.get_close_matches(str(name), self.settings, n=1, cutoff=0)
+            [closest] = difflib.get_close_matches(
+                OTHER_NAMES.get(name, str(name)), self.settings, n=1, cutoff=0
+            )
             self.faults.append(
                 f"{source}unknown setting {name!r}, the closest is {closest}; --help lists all"
             )
         elif type_name(value) not in kinds:
-            self.faults.append(f"{source}{name} must be {' or '.join(kinds)}, got {value!r:.80}")
+            self.faults.append(f"{source}{name} must be {' or '.join(kinds)}, got {short(value)}")
         else:
             self[name] = value
 
@@ -62,8 +70,8 @@ class Config(dict):
             if isinstance(allowed, list):
                 if value not in allowed:
                     yield f"{name}={value!r:.80}: choose one of {allowed}"
-            elif value is not None and not allowed[0] <= value < allowed[1]:
-                yield f"{name}={value} must be at least {allowed[0]} and below {allowed[1]}"
+            elif value is not None and not allowed[0] <= value <= allowed[1]:
+                yield f"{name}={value} must be from {allowed[0]} to {allowed[1]}"
 
 
 def type_name(value):
@@ -82,7 +90,7 @@ def configure(namespace, *imported):
         settings |= read_settings(script)
         allowed |= script.get("ALLOWED", {})
     config = Config(settings, allowed)
-    if "--help" in sys.argv or "-h" in sys.argv:
+    if {"--help", "-h"} & {*sys.argv}:
         print(namespace["__doc__"], *(setting.help for setting in settings.values()), sep="\n")
         raise SystemExit
     read_arguments(config, sys.argv[1:])
@@ -101,8 +109,7 @@ def read_settings(script):
     for match in SETTING.finditer(top):
         name, kinds, default = match.groups()
         default = eval(default, script)
-        kinds = (kinds or type_name(default)).split(" | ")
-        settings[name] = Setting(kinds, default, match[0])
+        settings[name] = Setting((kinds or type_name(default)).split(" | "), default, match[0])
     return settings
 
 
@@ -123,18 +130,19 @@ def read_arguments(config, arguments):
 def parse(text, kinds):
     """Return the value of the argument `text` for a setting of these kinds."""
     try:
-        value = ast.literal_eval(text.title() if text in ("true", "false", "none") else text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        value = ast.literal_eval({"true": "True", "false": "False", "none": "None"}.get(text, text))
+    except Exception:  # no number, True, False or None
         return text
-    as_typed = isinstance(value, str) or ("str" in kinds and type_name(value) not in kinds)
-    return text if as_typed else value
+    return value if "str" not in kinds or type_name(value) in {*kinds} - {"str"} else text
 
 
 def read_file(config, name):
     """Run the config file `name`, found here or in the project, and assign its settings."""
     path = name if os.path.isfile(name) else os.path.join(PROJECT, name)
     if not os.path.isfile(path):
-        config.faults.append(f"no config file {name!r}; a setting is given as --key=value")
+        config.faults.append(
+            f"no config file {name!r} (ends with .py?); a setting is given as --key=value"
+        )
         return
     try:
         scope = runpy.run_path(path, dict(config))  # a config file may read settings

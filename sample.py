@@ -11,6 +11,7 @@ import os
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before PyTorch loads OpenMP: docs/speed.md
 
 import json
+import random
 from contextlib import suppress
 from pathlib import Path
 
@@ -39,19 +40,19 @@ out = ""                        # also write the samples to this file, a JSON ob
 temperature = 0.8               # below 1 more predictable, above 1 more random; 0: the most likely
 top_k: int | None = 200         # choose among the k most likely tokens; 0 or None: all
 top_p: float | None = None      # choose among the fewest that sum to probability p; None: all
-seed = 1337                     # sample number k of a seed does not depend on how many are drawn
+seed = 1337                     # sample k depends on it and the prompt, not on how many are drawn
 # System
 device = "auto"                 # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                  # auto, float32, bfloat16, float16
 compile = False                 # torch.compile; takes longer than most samples
 
-ALLOWED = {  # setting -> (minimum, exclusive maximum)
-    "num_samples": (1, 2**31),
-    "max_new_tokens": (1, 2**31),
+ALLOWED = {  # setting -> (minimum, maximum)
+    "num_samples": (1, 2**31 - 1),
+    "max_new_tokens": (1, 2**31 - 1),
     "temperature": (0, float("inf")),
     "top_k": (0, float("inf")),
-    "top_p": (0, 1.01),
-    "seed": (0, 2**39),
+    "top_p": (0, 1),
+    "seed": (0, 2**39 - 1),
 }
 ROOT = Path(__file__).resolve().parent
 
@@ -76,7 +77,7 @@ def read_prompts():
     """Yield the prompts, as text."""
     with suppress(EOFError), user_error("cannot read the prompt as UTF-8 text", UnicodeError):
         while interactive:
-            yield input("> ")  # Ctrl-D raises EOFError
+            yield input("prompt, or Ctrl-D to end: ")  # which raises EOFError
         if prompts:
             yield from filter(str.strip, read_text(user_path(prompts)).splitlines())
         elif start.startswith("FILE:"):
@@ -95,11 +96,18 @@ def cut(ids, tokenizer):
 def generate(prompt, model, tokenizer):
     """Print num_samples continuations of the prompt, generated together, and return them."""
     ids = tokenizer.encode(prompt) or [tokenizer.opening]
-    idx = torch.tensor([ids] * num_samples, device=model.lm_head.weight.device)
     stream = model.stream(
-        idx, max_new_tokens, temperature, top_k, top_p, vocab_size=tokenizer.vocab_size,
-        generators=[torch.Generator().manual_seed(seed * 2**24 + k) for k in range(num_samples)],
-    )  # fmt: skip
+        torch.tensor([ids] * num_samples, device=model.lm_head.weight.device),
+        max_new_tokens,
+        temperature,
+        top_k,
+        top_p,
+        vocab_size=tokenizer.vocab_size,
+        generators=[
+            torch.Generator().manual_seed(random.Random(f"{seed} {k} {prompt}").getrandbits(63))
+            for k in range(num_samples)
+        ],
+    )
     rows = [[] for _ in range(num_samples)]
     shown = 0  # characters already printed; only a single sample is shown while it grows
     for tokens in stream:

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from configurator import configure
 from data.batches import Batches, sequences_at, tokens_until
@@ -91,16 +92,20 @@ device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16 (scales the loss)
 compile: bool | str = "auto"        # auto, True, False: use torch.compile
 
-MAXIMUM = 2**31
-ALLOWED = {  # setting -> choices, or (minimum, exclusive maximum)
-    **dict.fromkeys(("eval_interval", "log_interval", "eval_iters", "max_bad_steps"), (1, MAXIMUM)),
-    **dict.fromkeys(("gradient_accumulation_steps", "batch_size", "block_size"), (1, MAXIMUM)),
-    **dict.fromkeys(("n_layer", "n_head", "n_embd", "timeout"), (1, MAXIMUM)),
-    **dict.fromkeys(("learning_rate", "min_lr", "weight_decay", "grad_clip", "eps"), (0, MAXIMUM)),
-    **dict.fromkeys(("max_iters", "warmup_iters", "lr_decay_iters", "patience"), (0, MAXIMUM)),
-    "batch_ramp_iters": (0, MAXIMUM),
-    **dict.fromkeys(("dropout", "beta1", "beta2", "constant_share", "batch_ramp_start"), (0, 1)),
-    "seed": (0, 2**63),
+MAXIMUM = 2**31 - 1
+ALLOWED = {  # setting -> choices, or (minimum, maximum)
+    **dict.fromkeys(
+        "learning_rate min_lr weight_decay grad_clip eps max_iters warmup_iters lr_decay_iters "
+        "patience batch_ramp_iters".split(),
+        (0, MAXIMUM),
+    ),
+    **dict.fromkeys(
+        "eval_interval log_interval eval_iters max_bad_steps gradient_accumulation_steps "
+        "batch_size block_size n_layer n_head n_embd timeout".split(),
+        (1, MAXIMUM),
+    ),
+    **dict.fromkeys("dropout beta1 beta2 constant_share batch_ramp_start".split(), (0, 0.9999)),
+    "seed": (0, 2**63 - 1),
     "sampling": ["random", "epochs"],
     "position": ["learned", "rotary"],
     "optimizer": ["adamw", "muon"],
@@ -177,10 +182,10 @@ def run_once(model, batches, runtime):
 def check_memory():
     """Raise UserError if a step does not fit: the system would kill the process without a word."""
     kept = 4 if activation_checkpointing else 36  # bytes per token, layer and channel, at least
-    needed = kept * batch_size * block_size * n_layer * n_embd / 1e9
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    needed = kept * batch_size * block_size * n_layer * n_embd // 10**9
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**9
     if needed > memory:
-        raise UserError(f"a step takes {needed:.0f} of {memory:.0f} GB; lower --batch_size")
+        raise UserError(f"a step takes {needed} GB, the machine has {memory}; lower --batch_size")
 
 
 # --- schedule ------------------------------------------------------------------------------------
@@ -193,9 +198,8 @@ def learning_rate_at(step):
     if step < warmup_iters:
         return learning_rate * (step + 1) / (warmup_iters + 1)
     last = max_iters if lr_decay_iters is None else lr_decay_iters
-    lowest = min_lr
-    if lowest is None:
-        lowest = learning_rate / 10 if lr_schedule == "cosine" else 0.0  # arXiv:2203.15556
+    usual = learning_rate / 10 if lr_schedule == "cosine" else 0.0  # arXiv:2203.15556
+    lowest = usual if min_lr is None else min_lr
     begin = warmup_iters + constant_share * (last - warmup_iters)
     progress = min(1, max(0, step - begin) / max(1, last - begin))
     left = 1 - progress
@@ -262,7 +266,7 @@ def evaluate(model, data, runtime):
         starts = tokens.evenly_spaced(block_size, eval_iters * batch_size)
         windows = batch_size * runtime.world_size  # in a forward pass, over all ranks
         total = 0.0
-        for first in range(0, len(starts), windows):
+        for first in tqdm(range(0, len(starts), windows), leave=False, disable=None, delay=2):
             mine = starts[first + runtime.rank : first + windows : runtime.world_size]
             # A rank without windows runs one with weight 0, because FSDP needs every rank.
             loss = loss_of(model, tokens, mine if len(mine) else starts[:1], runtime)
@@ -344,13 +348,15 @@ def main(config):
             raise UserError("the machines resume from different steps: they must share out_dir")
         total = tokens_until(max_iters, config)
         about = [
+            *changes,
             f"hardware: {runtime.about}",
-            f"data: {dataset}, {data['train'].count:,} tokens, {data['val'].count:,} to validate",
+            f"data: {dataset}, {batches.tokens.count:,} tokens, {data['val'].count:,} to validate",
             f"model: {state.model.get_num_params():,} parameters",
-            f"steps: {state.step} to {max_iters}, {total / data['train'].count:.2f} epochs"
+            f"steps: {state.step} to {max_iters}, {total / batches.tokens.count:.2f} epochs"
+            f"{', may overfit: try --patience=2' if total > 20 * batches.tokens.count else ''}"
             f"{', all of them warm-up' if decay_lr and warmup_iters >= max_iters > 0 else ''}",
         ]
-        runtime.say("\n".join(changes + about))
+        runtime.say("\n".join(about))
         log = Log(state.model, config, runtime)
         if eval_only:
             log.evaluation(state, evaluate(state.model, data, runtime))

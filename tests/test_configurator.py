@@ -95,8 +95,14 @@ def test_an_argument_becomes_a_value_of_the_type_of_its_setting(configure, argum
         (["--rate=nan"], "error: rate must be float, got 'nan'"),
         (["--flag=1"], "error: flag must be bool, got 1"),
         (["--most=x"], "error: most must be int or None, got 'x'"),
-        (["count=1"], "error: no config file 'count=1'; a setting is given as --key=value"),
-        (["no.py"], "error: no config file 'no.py'; a setting is given as --key=value"),
+        (
+            ["count=1"],
+            "error: no config file 'count=1' (ends with .py?); a setting is given as --key=value",
+        ),
+        (
+            ["no.py"],
+            "error: no config file 'no.py' (ends with .py?); a setting is given as --key=value",
+        ),
         (
             ["--count=x", "--flag=x"],
             "error: count must be int, got 'x'\nerror: flag must be bool, got 'x'",
@@ -174,11 +180,11 @@ def test_a_value_that_is_not_allowed_gets_its_line(configure):
     configure.namespace["ALLOWED"]["mode"] = ["auto", True, False]
     assert configure("--rate=0", "--count=99", "--most=None")["count"] == 99
     with pytest.raises(SystemExit) as stop:
-        configure("--rate=1", "--count=0", "--most=-1", "--mode=other")
+        configure("--rate=1.5", "--count=0", "--most=-1", "--mode=other")
     assert stop.value.code == (
-        "error: rate=1.0 must be at least 0 and below 1\n"
-        "error: count=0 must be at least 1 and below 100\n"
-        "error: most=-1 must be at least 0 and below 10\n"
+        "error: rate=1.5 must be from 0 to 1\n"
+        "error: count=0 must be from 1 to 100\n"
+        "error: most=-1 must be from 0 to 10\n"
         "error: mode='other': choose one of ['auto', True, False]"
     )
 

@@ -178,7 +178,7 @@ def test_a_broken_file_is_named_in_one_line(prepare, tmp_path, name, content, li
         (["--tokenizer=gpt7"], "no tokenizer 'gpt7': "),
         (["--dataset=../x"], "--dataset=../x: give a new name, of a folder to be made in "),
         (["--input="], "no input: No such file"),
-        (["--limit=1"], "limit=1 must be at least 2 and below "),
+        (["--limit=1"], "limit=1 must be from 2 to "),
         (["--input=one.txt"], "1 documents leave a split empty; give more, or their number with "),
     ],
 )

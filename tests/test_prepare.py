@@ -130,7 +130,7 @@ def test_a_long_text_without_words_is_encoded(text, gpt2_files):
         (["--tokenizer=gpt7"], "no tokenizer 'gpt7': Unknown encoding gpt7; offline, "),
         (["--tokenizer=bpe"], "no tokenizer 'bpe': "),
         (["--tokenizer=bpe:x"], "tokenizer=bpe:x, give a size such as bpe:8192: "),
-        (["--val_fraction=1"], "val_fraction=1.0 must be at least 1e-06 and below 1"),
+        (["--val_fraction=1"], "val_fraction=1.0 must be from 1e-06 to 0.9"),
     ],
 )
 def test_a_mistake_with_own_text_gets_one_line(prepare, arguments, line):

@@ -121,7 +121,8 @@ def test_typed_prompts_are_answered_in_turn(trained, monkeypatch):
     expected = [trained(*options, f"--start={start}") for start in ("1 plus", "2 plus")]
     monkeypatch.setattr(sys, "stdin", io.StringIO("1 plus\n2 plus\n"))
     out = trained(*options, "--interactive")
-    assert out == f"> {expected[0]}> {expected[1]}> "
+    ask = "prompt, or Ctrl-D to end: "
+    assert out == f"{ask}{expected[0]}{ask}{expected[1]}{ask}"
 
 
 def test_a_full_disk_keeps_the_older_file(trained, tiny, file_limit):

@@ -123,7 +123,7 @@ def test_epochs_are_those_of_the_prepared_dataset(launch, tiny):
     [
         (["--gpu=RTX"], "gpu='RTX': choose one of .'cpu', 'B200', "),
         (["--init_from=gpt2"], "init_from='gpt2': choose one of .'scratch'."),
-        (["--gpus=0"], "gpus=0 must be at least 1"),
+        (["--gpus=0"], "gpus=0 must be from 1 to 1000000"),
         (["--n_head=5"], "n_embd must be a multiple of n_head"),
     ],
 )

@@ -32,7 +32,7 @@ dataset = ""                        # name of another dataset, a folder made in 
 tokenizer = "gpt2"                  # bytes, bpe:SIZE, gpt2, or another encoding of tiktoken
 val_fraction: float | None = None   # share held out; None: 0.1 of 10,000 documents, then 0.0005
 
-ALLOWED = {"limit": (2, 2**31), "val_fraction": (1e-6, 0.501)}
+ALLOWED = {"limit": (2, 2**31 - 1), "val_fraction": (1e-6, 0.5)}
 FOLDER = Path(__file__).resolve().parent
 DATA = FOLDER.parent
 REPOSITORY = "HuggingFaceFW/fineweb-edu"

@@ -31,7 +31,7 @@ limit = 8_013_769                   # take only the first documents; the default
 # Output
 tokenizer = "gpt2"                  # bytes, bpe:SIZE, gpt2, or another encoding of tiktoken
 
-ALLOWED = {"limit": (2, 2**31)}
+ALLOWED = {"limit": (2, 2**31 - 1)}
 FOLDER = Path(__file__).resolve().parent
 REPOSITORY = "Skylion007/openwebtext"
 PATTERN = "plain_text/*/*.parquet"

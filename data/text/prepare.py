@@ -28,7 +28,7 @@ dataset = ""              # name of the dataset, a folder made in data/
 tokenizer = "char"        # char, bytes, bpe:SIZE, gpt2, or another encoding of tiktoken
 val_fraction = 0.1        # share of the characters, at the end, that validates
 
-ALLOWED = {"val_fraction": (1e-6, 1)}
+ALLOWED = {"val_fraction": (1e-6, 0.9)}
 DATA = Path(__file__).resolve().parents[1]
 
 
