@@ -3,7 +3,7 @@
     python tools/size.py config/train_gpt2.py --gpus=8 --gpu=H100 --price=2.5
     python tools/size.py config/train_shakespeare_char.py --gpu=cpu --gpu_memory=16
 
-Takes train.py's settings and config files. A scaling law predicts the loss. If the dataset is not
+Takes train.py's settings and config files. --gpu=cpu measures this machine. If the dataset is not
 prepared, the vocabulary is GPT-2's. Tests compare the FLOPs, and the activations a block keeps,
 with PyTorch's own counts.
 """
@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train
@@ -28,7 +29,7 @@ from engine.runtime import PEAKS
 gpus = 1                          # processes, with one GPU each
 gpu = "A100"                      # a card, such as H100 or RTX 4090, or cpu
 gpu_memory = 80.0                 # GB of each
-mfu = 0.4                         # share of its peak that you expect; nanoGPT reached 0.37
+mfu: float | None = None          # share of its peak that you expect; None: 0.4, on a CPU 0.8
 price = 0.0                       # of an hour of each, in your currency
 
 ALLOWED = {"gpus": (1, 1_000_000), "gpu": ["cpu", *PEAKS], "init_from": ["scratch"]}
@@ -109,17 +110,6 @@ def memory(model, config, number_bytes):
     }
 
 
-# --- scaling law ---------------------------------------------------------------------------------
-
-
-def predicted_loss(count, tokens):
-    """Return the loss in nats of `count` parameters trained on `tokens`, of web text with AdamW.
-
-    Besiroglu et al. (arXiv:2404.10102) fitted it to the runs of Hoffmann et al. (arXiv:2203.15556).
-    """
-    return 1.8172 + 482.01 / count**0.3478 + 2085.43 / tokens**0.3658
-
-
 # --- report --------------------------------------------------------------------------------------
 
 
@@ -143,29 +133,36 @@ def report_memory(model, config, number_bytes):
 
 
 def report_run(model, config, peak):
-    """Print tokens, epochs, time and price at a peak in TFLOP/s, and the predicted loss."""
+    """Print tokens, epochs, time and price at a peak in TFLOP/s."""
     tokens = tokens_until(config["max_iters"], config)
-    rate = mfu * gpus * peak * 1e12 / model.flops_per_token()
+    rate = gpus * peak * 1e12 / model.flops_per_token()
+    rate *= mfu or (0.8 if gpu == "cpu" else 0.4)
     run = {"FLOPs per token, 6 N + 12 L C T": model.flops_per_token(), "tokens": tokens}
     path = train.ROOT / "data" / config["dataset"] / "train.bin"
     if path.exists():
         run["epochs"] = tokens / TokenFile(path, read_meta(path.parent), block_size=1).count
-    if rate > 0:
-        run["tokens per second"] = rate
-        run["hours"] = tokens / rate / 3600
-        run["price"] = run["hours"] * gpus * price
+    run["tokens per second"] = rate
+    run["hours"] = tokens / rate / 3600
+    run["price"] = run["hours"] * gpus * price
     run["bytes of a checkpoint"] = sum(state_bytes(model, config))
-    run["predicted loss"] = predicted_loss(model.get_num_params(), tokens)
     report("Run", run)
+
+
+def cpu_tflops():
+    """Return the TFLOP/s of this machine in a product of float32 matrices, measured."""
+    matrix = torch.rand(2048, 2048)
+    timer = Timer("matrix @ matrix", globals=locals(), num_threads=torch.get_num_threads())
+    return 2 * 2048**3 / timer.timeit(10).median / 1e12
 
 
 @one_line_errors()
 def main(config):
     model = build(config)
     is_float32 = gpu == "cpu" or config["dtype"] == "float32"
+    peak = cpu_tflops() if gpu == "cpu" else PEAKS[gpu][is_float32]
     report("Parameters", parameters(model) | {"all but wpe": model.get_num_params()})
     report_memory(model, config, 4 if is_float32 else 2)
-    report_run(model, config, PEAKS.get(gpu, (0, 0))[is_float32])
+    report_run(model, config, peak)
 
 
 if __name__ == "__main__":
