@@ -108,7 +108,7 @@ def draw_attention():
         panel.set_yticks(ticks, list(labels), fontsize=8, family="monospace")
     figure.supylabel("the character that looks")
     figure.supxlabel("the character looked at")
-    figure.savefig(ROOT / "assets" / "attention.png", dpi=80)
+    figure.savefig("attention.png", dpi=80)
 
 
 PARTS = {"tokenizers": compare_tokenizers, "attention": draw_attention}

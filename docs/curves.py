@@ -59,7 +59,7 @@ def draw(left_alone, killed, kills):
     axes.set(xlabel="step", ylabel="training loss", xlim=(0, None))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(ROOT / "assets" / "curves.png", dpi=110)
+    figure.savefig("curves.png", dpi=110)
 
 
 def main():

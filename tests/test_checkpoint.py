@@ -395,6 +395,15 @@ def test_one_run_owns_the_folder(start, launch, tiny):
     assert "steps: 0 to 9" in launch(train, "--init_from=resume", "--max_iters=9")
 
 
+def test_prefixes_of_other_trainers_are_read(launch, tiny):
+    launch(train, *FULL, "--max_iters=2")
+    saved = load("out/ckpt.pt")
+    weights = {f"module._orig_mod.{name}": weight for name, weight in saved["model"].items()}
+    torch.save({**saved, "model": weights}, "out/ckpt.pt")
+    read = checkpoint.read_checkpoint(Path("out/ckpt.pt"))["model"]
+    assert all(torch.equal(read[name], weight) for name, weight in saved["model"].items())
+
+
 def test_a_lock_that_is_a_link_is_refused(launch, tiny):
     Path("out").mkdir()
     Path("target").write_text("precious")

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, TEXT, TINY, Payload
@@ -87,6 +88,7 @@ NO_FILE = "(ends with .py?); a setting is given as --key=value"
         (["--max_iters=1e999"], "max_iters must be int, got inf"),
         (["--learning_rate=nan"], "learning_rate must be float, got 'nan'"),
         (["--learning_rate=1" + "0" * 400], "learning_rate must be float, got 1000..."),
+        ([*TINY, "--batch_size=2000000000"], "a step takes 73728 GB, the machine has ..."),
         (["--learning_rate=1e999"], "learning_rate=inf must be from 0 to 2147483647"),
         (["--eval_only=1"], "eval_only must be bool, got 1"),
         (["--eval_only", "no"], f"no config file 'no' {NO_FILE}"),
@@ -168,6 +170,13 @@ def meta(**changes):
     put(META, pickle.dumps({**make_meta("char", [TEXT]), **changes}))
 
 
+def doubled(node):
+    """Return 2**30 nodes that are 30 in a file: nobody may print, compare or hash them."""
+    for _ in range(30):
+        node = type(node)((node, node))
+    return node
+
+
 ADVICE = "run {tmp}/data/tiny/prepare.py, or data/text/prepare.py for your own text"
 NO_META = "{tmp}/data/tiny/meta.pkl describes no dataset"
 AGAIN = "prepare it again"
@@ -192,6 +201,10 @@ BPE = {"tokenizer": "own", "pairs": ["ab"], "vocab_size": 258}
         (lambda: put(META, Path(META).read_bytes()[:50]), f"{NO_META} (...); {AGAIN}"),
         (lambda: put(META, pickle.dumps([1])), f"{NO_META} ('vocab_size'); {AGAIN}"),
         (lambda: put(META, pickle.dumps({})), f"{NO_META} ('vocab_size'); {AGAIN}"),
+        (lambda: put(META, b"\x80\x05\x96" + bytes(7) + b"\1."), f"{NO_META} (...); {AGAIN}"),
+        (lambda: meta(vocab_size=doubled([])), f"{NO_META} (its vocab_size is [[...); {AGAIN}"),
+        (lambda: meta(stoi={doubled(()): 0}), f"{NO_META} (...); {AGAIN}"),
+        (lambda: (Path(META).unlink(), os.mkfifo(META)), f"{NO_META} (it is not ...); {AGAIN}"),
         (lambda: put(META, b"\x80\x02}r\xff\xff\xff\x7f."), f"{NO_META} ('vocab_size'); {AGAIN}"),
         (lambda: meta(vocab_size="21"), f"{NO_META} (its vocab_size is '21'); {AGAIN}"),
         (lambda: meta(vocab_size=2**40), f"{NO_META} (its vocab_size is {2**40}); {AGAIN}"),
@@ -269,6 +282,19 @@ UNREADABLE = "run/ckpt.pt cannot be read as a checkpoint: "
             UNREADABLE + "it holds ['io.open']; if you trust the file, ...",
         ),
         (lambda: torch.save([1], CKPT), UNREADABLE + "..."),
+        (lambda: (Path(CKPT).unlink(), os.mkfifo(CKPT)), UNREADABLE + "no such file; ..."),
+        (lambda: change(model={1: torch.ones(2)}), UNREADABLE + "..."),
+        (lambda: change(model={"a": torch.ones(2, device="meta")}), UNREADABLE + "..."),
+        (lambda: change(model_args={**SIZES, "n_layer": 3.0}), "n_embd must be ..."),
+        (lambda: change(model_args={**SIZES, "n_layer": 10**9}), "n_embd must be ..."),
+        (
+            lambda: change(best_val_loss=np.float64(2)),
+            UNREADABLE + "it holds [...",
+        ),
+        (
+            lambda: change(config={"out_dir": Path("x")}),
+            UNREADABLE + "it holds ['pathlib.PosixPath']; if you ...",
+        ),
         (lambda: torch.save({"weight": torch.zeros(2)}, CKPT), UNREADABLE + "..."),
         (lambda: change(model=None), UNREADABLE + "'model'"),
         (

@@ -97,6 +97,27 @@ def test_each_of_several_files_ends_with_an_end_of_text_token(prepare, tokenizer
     assert sum(read(), []).count(eot) == 5
 
 
+def test_files_that_are_left_out_are_counted(prepare):
+    """Hidden files and linked folders among them; the case of an ending does not matter."""
+    for name in ("a.TXT", "b.py", ".hidden.txt", "notes.md/c.txt", ".checkpoints/d.txt"):
+        Path("in", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("in", name).write_text(f"this is {name} " * 9)
+    Path("in/link").symlink_to(Path("in/notes.md").resolve())
+    out = prepare("text", "--input=in", "--dataset=own")
+    assert "in: left out 4 files, such as .checkpoints/d.txt, .hidden.txt, b.py\n" in out
+    assert decoded() == "this is a.TXT " * 9 + "this is notes.md/c.txt " * 9
+    prepare("text", "--input=in", "--dataset=own", "--suffixes=.py,.c")
+    assert decoded() == "this is b.py " * 9
+
+
+def test_a_link_leads_to_the_new_data(prepare, tmp_path):
+    Path("own.txt").write_text("some text")
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own/train.bin").symlink_to(tmp_path / "elsewhere")
+    prepare("text", "--input=own.txt", "--dataset=own")
+    assert decoded() == "some text" and (tmp_path / "elsewhere").stat().st_size == 16
+
+
 ALPHABET = " \n\t'.,-/abAs1\u00e9\u4e2d\u3002\u0301\u00b2\u2003"
 
 
@@ -126,6 +147,11 @@ def test_a_long_text_without_words_is_encoded(text, gpt2_files):
             ["--input=latin1.txt"],
             "latin1.txt is not UTF-8 text in line 1; convert it: iconv -f latin1 -t utf-8",
         ),
+        (
+            ["--input=utf16.txt"],
+            "utf16.txt is not UTF-8 text in line 1; convert it: iconv -f utf-16",
+        ),
+        (["--input=nul.txt"], "nul.txt is not UTF-8 text in line 2; convert it: iconv -f utf-16"),
         (["--dataset=../x"], "--dataset=../x: give the name of a new folder in data/"),
         (["--tokenizer=gpt7"], "no tokenizer 'gpt7': Unknown encoding gpt7; offline, "),
         (["--tokenizer=bpe"], "no tokenizer 'bpe': "),
@@ -136,6 +162,8 @@ def test_a_long_text_without_words_is_encoded(text, gpt2_files):
 def test_a_mistake_with_own_text_gets_one_line(prepare, arguments, line):
     Path("in.txt").write_text("some text")
     Path("latin1.txt").write_bytes("Café".encode("latin-1"))
+    Path("utf16.txt").write_bytes("Café".encode("utf-16"))
+    Path("nul.txt").write_bytes(b"one\n\0two")
     with pytest.raises(SystemExit) as stop:
         prepare("text", "--input=in.txt", "--dataset=own", *arguments)
     assert stop.value.code.startswith(f"error: {line}") and "\n" not in stop.value.code

@@ -80,6 +80,15 @@ def test_a_hostile_table_runs_nothing(launch, tiny):
     assert not Path("proof").exists()
 
 
+def test_a_missing_shard_is_found(launch, tiny):
+    launch(train, *RUN, "--max_iters=2")
+    table = pickle.loads(Path("out/step-2/.metadata").read_bytes())
+    table.state_dict_metadata["model.transformer.wte.weight"].chunks = []
+    Path("out/step-2/.metadata").write_bytes(pickle.dumps(table))
+    with pytest.raises(SystemExit, match="it lacks a shard of model.transformer.wte.weight"):
+        launch(train, "--init_from=resume", "--max_iters=3")
+
+
 @slow
 def test_two_processes_save_their_shards_and_one_continues(launch, finish, tiny):
     launch(train, *RUN, "--dropout=0", "--max_iters=8", "--sharded_save=False", "--out_dir=one")
