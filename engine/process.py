@@ -63,7 +63,8 @@ def one_line_errors(out_of_memory="take a machine with more memory"):
 def explain(fault, out_of_memory):
     """Return the line that a user should see for an exception, or "" if it is a bug."""
     text = str(fault)
-    if isinstance(fault, UserError | FloatingPointError):  # the second: a model with NaN weights
+    # A model with NaN weights raises the second, a name that is not UTF-8 the third.
+    if isinstance(fault, UserError | FloatingPointError | UnicodeEncodeError):
         return text
     if isinstance(fault, ModuleNotFoundError):
         return f"this needs the package {fault.name}: pip install {fault.name}"
@@ -112,8 +113,8 @@ def noted_signals():
 
 
 def user_path(text):
-    """Return a path that a user typed, with ~ expanded."""
-    return Path(os.path.expanduser(text))
+    """Return a path that a user typed, with ~ expanded. UnicodeError if it is not UTF-8."""
+    return Path(os.path.expanduser(str(text).encode().decode()))
 
 
 @contextmanager

@@ -40,22 +40,21 @@ class Run:
     def __init__(self, name):
         self.name = name
         path = user_path(name) / "log.jsonl"
-        with user_error(path, OSError, ValueError):
+        if path.exists() and not path.is_file():  # a named pipe would wait for ever
+            raise UserError(f"{path} is not a regular file")
+        with user_error(path, Exception):  # someone else may have written it
             complete = path.read_text(encoding="utf-8").rpartition("\n")[0]  # without half a line
             self.lines = [json.loads(line) for line in complete.splitlines()]
-        self.add_places()
+            steps = tokens = seconds = 0
+            for line in self.lines:
+                if "ms" in line:
+                    seconds += (line["iter"] + 1 - steps) * line["ms"] / 1000
+                    steps = line["iter"] + 1
+                    tokens = line["tokens"]
+                line |= {"steps": line["iter"], "tokens": tokens, "seconds": seconds}
         self.resumes = self.curve("settings")[0][1:]
         if not self.curve("val/loss")[0]:
             raise UserError(f"{path} holds no evaluation yet")
-
-    def add_places(self):
-        steps = tokens = seconds = 0
-        for line in self.lines:
-            if "ms" in line:
-                seconds += (line["iter"] + 1 - steps) * line["ms"] / 1000
-                steps = line["iter"] + 1
-                tokens = line["tokens"]
-            line |= {"steps": line["iter"], "tokens": tokens, "seconds": seconds}
 
     def curve(self, name):
         """Return the places and the values of a figure, two lists. None: it was not finite."""
