@@ -71,19 +71,19 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x, rotation, cache, past):
         B, T, C = x.shape
         config = self.config
-        qkv = self.c_attn(x).view(B, T, 3, config.n_head, -1)  # (B, T, 3, H, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # (B, H, T, D) each
+        qkv = self.c_attn(x).view(B, T, 3, config.n_head, -1)
+        q, k, v = qkv.unbind(2)  # (B, T, H, D) each
         if rotation is not None:
             q = rotate(q, rotation)
             k = rotate(k, rotation)
         if config.rms_norm:
             q, k = rms_norm(q), rms_norm(k)
-        if cache is not None:  # (2, B, H, capacity, D)
-            cache.narrow(3, past, T).copy_(torch.stack((k, v)))
-            k, v = cache.narrow(3, 0, past + T)
+        if cache is not None:  # (2, B, capacity, H, D)
+            cache.narrow(2, past, T).copy_(torch.stack((k, v)))
+            k, v = cache.narrow(2, 0, past + T)
         p = config.dropout if self.training else 0.0
-        y = attention(q, k, v, p, is_causal=T > 1)  # (B, H, T, D); one token attends to the cache
-        y = y.transpose(1, 2).reshape(B, T, C)  # concatenate the heads
+        y = attention(q, k, v, p, is_causal=T > 1)  # (B, T, H, D); one token attends to the cache
+        y = y.reshape(B, T, C)  # concatenate the heads
         y = self.c_proj(y)
         return dropout(y, config.dropout, self.training)
 
@@ -164,7 +164,7 @@ class GPT(nn.Module):
     def hidden(self, idx, cache=None, past=0):
         """Return the final hidden states (B, T, C) of token ids `idx` (B, T).
 
-        `cache` holds the keys and values of the `past` tokens before idx, (2, B, H, capacity, D)
+        `cache` holds the keys and values of the `past` tokens before idx, (2, B, capacity, H, D)
         for each layer. With a cache, idx is either one token or begins at position 0.
         """
         config = self.config
@@ -294,7 +294,7 @@ class GPT(nn.Module):
         context = idx[:, -block_size:]
         capacity = min(block_size, context.size(1) + max_new_tokens)
         D = config.n_embd // config.n_head
-        empty = self.lm_head.weight.new_empty(2, len(idx), config.n_head, capacity, D)
+        empty = self.lm_head.weight.new_empty(2, len(idx), capacity, config.n_head, D)
         cache = [torch.empty_like(empty) for _ in self.transformer.h]
         x = self.hidden(context, cache)  # first step: read the prompt
         for _ in range(max_new_tokens):  # second step: decode one token at a time
@@ -314,14 +314,14 @@ class GPT(nn.Module):
 
 
 def rotary_table(positions, D):
-    """Return the cosine and sine, (T, D / 2) each, of the angles by which heads are rotated."""
+    """Return the cosine and sine, (T, 1, D / 2) each, of the angles by which heads are rotated."""
     frequencies = 10000 ** (-torch.arange(0, D, 2, device=positions.device) / D)
-    angles = positions[:, None] * frequencies
+    angles = positions[:, None, None] * frequencies
     return angles.cos(), angles.sin()
 
 
 def rotate(x, rotation):
-    """Return x (B, H, T, D) with each pair of channels i and D / 2 + i rotated."""
+    """Return x (B, T, H, D) with each pair of channels i and D / 2 + i rotated."""
     cos, sin = rotation
     first, second = x.chunk(2, dim=3)
     left = first * cos + second * sin
@@ -342,11 +342,11 @@ def next_token(logits, temperature=1.0, top_k=None, top_p=None, generators=None)
         return logits.argmax(dim=1, keepdim=True)
     logits = logits.float() / max(temperature, 1e-6)  # a smaller temperature overflows
     logits, ids = logits.topk(min(top_k or V, V))  # in descending order
-    probabilities = logits.softmax(dim=1)
+    probabilities = logits.cpu().double().softmax(dim=1)  # in float32 a cumsum can decrease
     if top_p:
         before = probabilities.cumsum(dim=1) - probabilities
         probabilities[before >= max(top_p, 1e-6)] = 0
     draws = []
-    for row, generator in zip(probabilities.cpu(), generators or [None] * B, strict=True):
+    for row, generator in zip(probabilities, generators or [None] * B, strict=True):
         draws.append(torch.multinomial(row, 1, generator=generator))
     return ids.gather(1, torch.stack(draws).to(ids.device))

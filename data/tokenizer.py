@@ -37,8 +37,7 @@ def find_files(source, is_wanted):
     how many. UserError if no file remains.
     """
     root = user_path(source or "no input").resolve(strict=True)
-    files = []
-    left_out = []
+    files, left_out = [], []
     for path in sorted(root.rglob("*")) or [root]:
         name = path.relative_to(root)
         is_hidden = any(part.startswith(".") for part in name.parts)

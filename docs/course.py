@@ -69,12 +69,12 @@ def attention_weights(attn, x):
     T = x.size(1)
     H = attn.config.n_head
     qkv = attn.c_attn(x).view(1, T, 3, H, -1)
-    q, k, _ = qkv.permute(2, 0, 3, 1, 4)  # (1, H, T, D) each
+    q, k, _ = qkv.unbind(2)  # (1, T, H, D) each
     D = q.size(3)
     rotation = rotary_table(torch.arange(T), D)
-    q = rms_norm(rotate(q, rotation))
-    k = rms_norm(rotate(k, rotation))
-    scores = q @ k.mT / D**0.5
+    q = rms_norm(rotate(q, rotation)).transpose(1, 2)
+    k = rms_norm(rotate(k, rotation)).transpose(1, 2)
+    scores = q @ k.mT / D**0.5  # (1, H, T, T)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
     scores.masked_fill_(future, -torch.inf)
     return scores.softmax(3)[0]

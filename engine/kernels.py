@@ -28,12 +28,12 @@ def cross_entropy(x, weight, targets):
     would be the largest tensor of a training step. In 16 bits F.linear_cross_entropy would round
     the loss to three digits.
     """
+    is_plain = is_compiling() or not hasattr(F, "linear_cross_entropy")  # new in PyTorch 2.13
     in_16_bits = x.dtype != torch.float32 or torch.is_autocast_enabled(x.device.type)
-    is_small = len(x) * len(weight) <= FEW_LOGITS
-    is_missing = not hasattr(F, "linear_cross_entropy")  # before PyTorch 2.13
-    if is_compiling() or in_16_bits or is_small or is_missing:
+    if is_plain or in_16_bits or len(x) * len(weight) <= FEW_LOGITS:
         logits = F.linear(x, weight)
-        return F.cross_entropy(logits.float(), targets, ignore_index=-1)
+        logits = logits.float()
+        return F.cross_entropy(logits, targets, ignore_index=-1)
     chunks = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=CHUNK)
     return F.linear_cross_entropy(x, weight, targets, ignore_index=-1, options=chunks)
 
@@ -53,18 +53,23 @@ def dropout(x, p, training):
     dropped = int(p * NUMBERS)
     lowest = dropped - NUMBERS // 2
     is_kept = numbers >= lowest
-    mask = is_kept / (1 - dropped / NUMBERS)
+    share_kept = 1 - dropped / NUMBERS
+    mask = is_kept / share_kept
     return x * mask.type_as(x)
 
 
 def attention(q, k, v, dropout_p, is_causal):
-    """Return F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal), (B, H, T, D).
+    """Return attention (B, T, H, D): F.scaled_dot_product_attention, which takes (B, H, T, D).
 
     In training on a CPU it computes in float32, because PyTorch's backward pass in bfloat16 takes
     1.6 to 5 times as long, and it uses the dropout above.
     """
+    q = q.transpose(1, 2)
+    k = k.transpose(1, 2)
+    v = v.transpose(1, 2)
     if not eager_on_cpu(q) or not torch.is_grad_enabled():
-        return F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal)
+        y = F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal)
+        return y.transpose(1, 2)
     dtype = q.dtype
     with torch.autocast("cpu", enabled=False):
         q = q.float()
@@ -74,11 +79,12 @@ def attention(q, k, v, dropout_p, is_causal):
             y = dropped_attention(q, k, v, dropout_p)
         else:
             y = F.scaled_dot_product_attention(q, k, v, None, dropout_p, is_causal)
+    y = y.transpose(1, 2)
     return y.to(dtype)
 
 
 def dropped_attention(q, k, v, p):
-    """Return causal attention with dropout of its weights, for some rows of them at a time.
+    """Return causal attention (B, H, T, D) with dropout of its weights, some rows at a time.
 
     Row t has no weights beyond column t, so most of the future is never computed.
     """

@@ -98,10 +98,9 @@ class Log:
         that many equally likely tokens.
         """
         train, val = losses["train"], losses["val"]
-        perplexity = math.exp(min(val, 99))
         self.runtime.say(
             f"step {state.step}: train loss {train:.4f}, val loss {val:.4f}, "
-            f"perplexity {perplexity:.2f}"
+            f"perplexity {math.exp(min(val, 99)):.2f}"
         )
         if val > state.best_val_loss + 0.5:
             self.runtime.say(f"the loss has risen; best.pt keeps step {state.best_step}")

@@ -67,19 +67,20 @@ def test_attention_with_dropout_equals_the_plain_formula(monkeypatch, p, rows):
     """The plain formula uses the mask that attention over unit vectors as values shows."""
     monkeypatch.setattr(kernels, "ROWS", rows)
     T = 48
-    q, k, v, grad_y = torch.randn(4, 3, 4, T, T, requires_grad=True)
+    q, k, v, grad_y = torch.randn(4, 3, T, 4, T, requires_grad=True)
 
     def attention(values):
         torch.manual_seed(0)  # the same weights are dropped
         return kernels.attention(q, k, values, p, True)
 
     past = torch.ones(T, T).tril() > 0
-    mask = attention(torch.eye(T).expand_as(v)) != 0
+    mask = attention(torch.eye(T).view(1, T, 1, T).expand_as(v)).transpose(1, 2) != 0
     assert not mask[..., ~past].any()
     kept = mask[..., past].float()
     assert abs(kept.mean() - (1 - p)) <= 5 * math.sqrt(p * (1 - p) / kept.numel())
-    scores = (q @ k.mT / math.sqrt(T)).masked_fill(~past, -math.inf)
-    expected = (scores.softmax(3) * mask / (1 - p)) @ v
+    heads = [z.transpose(1, 2) for z in (q, k, v)]
+    scores = (heads[0] @ heads[1].mT / math.sqrt(T)).masked_fill(~past, -math.inf)
+    expected = ((scores.softmax(3) * mask / (1 - p)) @ heads[2]).transpose(1, 2)
     found = attention(v)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
     for mine, theirs in zip(
@@ -89,8 +90,9 @@ def test_attention_with_dropout_equals_the_plain_formula(monkeypatch, p, rows):
 
 
 def test_attention_for_a_backward_pass_is_computed_in_float32():
-    q, k, v = torch.randn(3, 2, 3, 16, 8, dtype=torch.bfloat16, requires_grad=True)
+    q, k, v = torch.randn(3, 2, 16, 3, 8, dtype=torch.bfloat16, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
         found = kernels.attention(q, k, v, 0.0, True)
-    expected = F.scaled_dot_product_attention(q.float(), k.float(), v.float(), is_causal=True)
+    heads = [z.float().transpose(1, 2) for z in (q, k, v)]
+    expected = F.scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
     assert torch.equal(found, expected.bfloat16())

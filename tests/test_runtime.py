@@ -146,7 +146,6 @@ def test_the_gradients_of_2_processes_equal_those_of_1(launch, finish, tiny, acc
 def test_a_growing_batch_trains_alike_on_2_processes(launch, finish, tiny, fsdp, recipe):
     options = [*TINY, *recipe, "--gradient_accumulation_steps=2", "--batch_ramp_iters=5"]
     options += ["--batch_ramp_start=0.3", "--lr_decay_iters=8", "--max_iters=8"]
-    options += ["--health_interval=3"]
     launch(train, *options, "--out_dir=one")
     finish(*options, f"--fsdp={fsdp}", "--out_dir=two", processes=2)
     assert losses("one") == pytest.approx(losses("two"), rel=1e-4)

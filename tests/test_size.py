@@ -108,8 +108,8 @@ def test_a_run_of_gpt2_is_planned(launch):
         "price": f"{hours * 8 * 2.5:.2f}",
     }
     assert expected.items() <= figures(shown).items()
-    assert "10.02 GB with activation_checkpointing=False fsdp=False: DOES NOT FIT 8.0 GB" in shown
-    assert "6.40 GB with activation_checkpointing=True fsdp=False: fits 8.0 GB" in shown
+    assert "10.02 GB, activation_checkpointing=False: DOES NOT FIT 8.0 GB" in shown
+    assert "6.40 GB, activation_checkpointing=True: fits 8.0 GB" in shown
 
 
 def test_epochs_are_those_of_the_prepared_dataset(launch, tiny):

@@ -59,9 +59,7 @@ class Run:
     def curve(self, name):
         """Return the places and the values of a figure, two lists. None: it was not finite."""
         lines = [line for line in self.lines if name in line]
-        places = [line[x] for line in lines]
-        values = [line[name] for line in lines]
-        return places, values
+        return [line[x] for line in lines], [line[name] for line in lines]
 
 
 # --- draw ----------------------------------------------------------------------------------------
