@@ -10,6 +10,7 @@ Every loss is a mean cross-entropy in nats per token.
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # before PyTorch loads OpenMP: docs/speed.md
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # for --deterministic=True
 
 import math
 from pathlib import Path
@@ -87,6 +88,7 @@ seed = 1337                         # of the initial weights, the batches and dr
 backend = "nccl"                    # of the process group on GPUs; CPUs use gloo
 fsdp: bool | str = False            # shard weights and optimizer; hybrid: within a machine only
 activation_checkpointing = False    # keep less for the backward pass, compute blocks twice
+deterministic = False               # on GPUs: the same bits each time, more slowly
 timeout = 600.0                     # seconds that a process waits for the others
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                      # auto, float32, bfloat16, float16 (scales the loss)
@@ -181,8 +183,8 @@ def run_once(model, batches, runtime):
 
 def check_memory():
     """Raise UserError if a step does not fit: the system would kill the process without a word."""
-    kept = 4 if activation_checkpointing else 36  # bytes per token, layer and channel, at least
-    needed = kept * batch_size * block_size * n_layer * n_embd // 10**9
+    needed = batch_size * block_size * n_layer * n_embd // 10**9
+    needed *= 4 if activation_checkpointing else 36  # bytes per token, layer and channel, at least
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**9
     if needed > memory:
         raise UserError(f"a step takes {needed} GB, the machine has {memory}; lower --batch_size")
@@ -202,9 +204,7 @@ def learning_rate_at(step):
     lowest = usual if min_lr is None else min_lr
     begin = warmup_iters + constant_share * (last - warmup_iters)
     progress = min(1, max(0, step - begin) / max(1, last - begin))
-    left = 1 - progress
-    if lr_schedule == "cosine":
-        left = (1 + math.cos(math.pi * progress)) / 2
+    left = (1 + math.cos(math.pi * progress)) / 2 if lr_schedule == "cosine" else 1 - progress
     return lowest + (learning_rate - lowest) * left
 
 
@@ -232,7 +232,8 @@ def train_step(model, state, batches, runtime):
         loss = loss * (len(tokens) / sequences)
         state.scaler.scale(loss).backward()
         mean_loss += loss.detach()
-    grad_norm = update(state)
+    with runtime.autocast():  # for the products of matrices in Muon
+        grad_norm = update(state)
     state.step += 1
     return mean_loss.item(), grad_norm
 
@@ -304,8 +305,10 @@ def run(model, state, data, batches, folder, log, runtime):
                     losses = evaluate(model, data, runtime)
                 log.evaluation(state, losses)
                 val_loss = losses["val"]
-                steps = state.step - state.best_step  # since the best
-                ends |= steps >= patience * eval_interval > 0 and val_loss >= state.best_val_loss
+                ends |= (
+                    val_loss >= state.best_val_loss
+                    and state.step - state.best_step >= patience * eval_interval > 0
+                )
             wanted = ends or (always_save_checkpoint and val_loss != math.inf)
             if val_loss < state.best_val_loss or (wanted and state.step != folder.saved_step):
                 with log.paused():

@@ -31,7 +31,7 @@ POLYNOMIALS = [
 def orthogonalize(matrices):
     """Return approximately U V^T for each of the matrices U S V^T, (N, rows, columns).
 
-    Computes in bfloat16 on GPUs and in float32 on CPUs, which may be slow in bfloat16.
+    Computes in bfloat16 on GPUs, and on CPUs in the precision of autocast.
     """
     if matrices.size(1) > matrices.size(2):
         return orthogonalize(matrices.mT).mT

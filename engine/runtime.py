@@ -102,6 +102,12 @@ def start_runtime(config):
         name = torch.cuda.get_device_name(device)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for products in float32
+        # cuDNN's attention plans anew for each number of keys in generation. Before PyTorch 2.12 it
+        # may round the dropout to sixteenths.
+        torch.backends.cuda.enable_cudnn_sdp(
+            "backend" in config and (torch.__version__ >= "2.12" or not config.get("dropout"))
+        )
+        torch.use_deterministic_algorithms(config.get("deterministic", False))
     if compile:
         fall_back_to_eager(rank)
     about = f"{world_size} x {name}, {str(dtype)[6:]} ({why}), {'' if compile else 'not '}compiled"
@@ -134,8 +140,8 @@ def choose_dtype(name, device):
     if name != "auto":
         raise UserError(f"dtype={name}: choose auto, float32, bfloat16, or float16 on CUDA")
     if device.type == "cuda":  # is_bf16_supported() is also True if bfloat16 is emulated, slowly
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-        return (torch.bfloat16, "fast here") if fast else (torch.float16, "no fast bfloat16")
+        is_fast = torch.cuda.get_device_capability(device) >= (8, 0)
+        return (torch.bfloat16, "fast here") if is_fast else (torch.float16, "no fast bfloat16")
     if device.type == "cpu" and torch.cpu.get_capabilities().get("amx_bf16"):
         return torch.bfloat16, "AMX"
     return torch.float32, "bfloat16 is often slower here"
@@ -145,8 +151,8 @@ def choose_compile(setting, device):
     """Return whether to try to compile: with "auto" on recent GPUs with Triton."""
     if setting != "auto":
         return setting
-    has_triton = importlib.util.find_spec("triton") is not None
-    return has_triton and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7,)
+    is_recent = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    return is_recent and importlib.util.find_spec("triton") is not None
 
 
 def fall_back_to_eager(rank):
@@ -176,13 +182,12 @@ def keep_freed_memory():
 
 
 def join_process_group(rank, world_size, device, config):
-    backend = "gloo"
-    if device.type == "cuda":  # gloo for numbers that the hosts share without the GPUs
-        backend = f"cpu:gloo,cuda:{config['backend']}"
+    # Numbers that the hosts share go through gloo, which needs no GPU.
+    backend = f"cpu:gloo,cuda:{config['backend']}" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config["timeout"])
-    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     # Without a prefix, a group that torchrun restarted would read the addresses of the old one.
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    prefix = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = dist.PrefixStore(prefix, next(dist.rendezvous("env://", timeout=timeout))[0])
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     atexit.register(time.sleep, 0.1)  # a thread of gloo aborts if the interpreter has ended
     atexit.register(dist.destroy_process_group)  # runs before the line above
@@ -200,8 +205,11 @@ def place_model(model, blocks, fsdp, runtime):
     from torch.distributed.fsdp import fully_shard  # here, because it takes half a second
 
     local = int(os.environ["LOCAL_WORLD_SIZE"]) if fsdp == "hybrid" else runtime.world_size
-    shape = (runtime.world_size // local, local)
-    mesh = dist.init_device_mesh(runtime.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    mesh = dist.init_device_mesh(
+        runtime.device.type,
+        (runtime.world_size // local, local),
+        mesh_dim_names=("replicate", "shard"),
+    )
     for part in (*blocks, model):
         fully_shard(part, mesh=mesh)
 

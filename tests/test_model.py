@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounter
 
 from engine import kernels
 from engine.process import UserError
@@ -308,3 +309,16 @@ def test_tokens_are_drawn_by_their_probability(power):
 )
 def test_top_k_and_top_p_allow_the_most_likely(options, allowed):
     assert set(draw_tokens(500, **options).tolist()) == allowed
+
+
+@pytest.mark.parametrize("vocab_size", [20, 50304])
+def test_a_growing_batch_is_compiled_twice(vocab_size):
+    """Once for its first size, once for all others; evaluation has a third graph."""
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    shape = GPTConfig(block_size=128, vocab_size=vocab_size, n_layer=1, n_head=2, n_embd=8)
+    model = torch.compile(GPT(shape), backend=counter)
+    idx = torch.zeros(12, 128, dtype=torch.long)
+    for size in (12, *range(2, 12)):
+        model(idx[:size], idx[:size], loss_only=True)
+    assert counter.frame_count == 2

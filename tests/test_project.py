@@ -68,7 +68,7 @@ def test_no_file_is_squeezed():
 def test_the_tests_do_not_outgrow_the_code():
     paths = ROOT.glob("tests/*.py")
     trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
-    assert sum(map(statements, trees)) <= 2800
+    assert sum(map(statements, trees)) <= 2900
 
 
 # --- what you read is what runs ------------------------------------------------------------------
