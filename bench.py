@@ -113,10 +113,11 @@ def main(config):
     runtime.say(f"hardware: {runtime.about}")
     make = sampling_work if new_tokens else training_work
     work, count, model = make(config, runtime)
-    runtime.say("first step, which allocates memory and compiles if wanted ...")
+    runtime.say("the first call allocates memory, and compiles if wanted ...")
     began = runtime.now()
     work()
     times = [runtime.reduce("max", runtime.now() - began)]
+    runtime.say(f"first call: {times[0]:.2f} s")
     if times[0] < seconds:
         times = time_laps(work, runtime)
     median = statistics.median(times)

@@ -20,9 +20,9 @@ import zlib
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import tools.plot as plot
 from configurator import configure
 from engine.process import UserError, atomic, one_line_errors, user_path
-from tools import plot
 
 seeds = 5                         # runs of each variant, with seeds 1, 2, ...
 smallest = 0.005                  # difference in nats that would matter to you
@@ -33,7 +33,7 @@ ALLOWED = {"seeds": (2, 1000), "smallest": (1e-6, 100)}
 ROOT = Path(__file__).resolve().parents[1]
 # Flags of every run: it continues after an interruption, and evaluates little by itself.
 FLAGS = "--auto_resume=True --eval_interval=1000000000 --eval_iters=1".split()
-# Student's t for 95 % and 1, 2, ... degrees of freedom; beyond, an expansion is exact to 0.001.
+# Student's t for 95 % and 1, 2, ... 10 degrees of freedom.
 T_VALUES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228]
 
 
@@ -41,18 +41,23 @@ T_VALUES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.22
 
 
 def measure(arguments, root, seed):
-    """Train with these arguments and a seed; return the loss and the folder of the run."""
+    """Train with these arguments and a seed, unless it is done; return the Run and its loss."""
     key = zlib.crc32(f"{arguments} {root}".encode())
     folder = user_path(out_dir) / f"{key:08x}-{seed}"
     result = folder / "result.json"
     if not result.exists():
-        flags = [*shlex.split(arguments), *FLAGS, f"--seed={seed}", f"--out_dir={folder}"]
-        run(root / "train.py", *flags)
-        last = [f"--out_dir={folder}", "--checkpoint_file=ckpt.pt"]
-        figures = run(root / "tools" / "evaluate.py", *last)
-        with atomic(result) as file:
-            file.write(figures.encode())
-    return json.loads(result.read_text())["loss"], folder
+        train_and_evaluate(arguments, root, seed, folder)
+    figures = json.loads(result.read_text())
+    return plot.Run(folder), figures["loss"]
+
+
+def train_and_evaluate(arguments, root, seed, folder):
+    """Train in `folder`, and write the figures of the final model to result.json there."""
+    out = f"--out_dir={folder}"
+    run(root / "train.py", *shlex.split(arguments), *FLAGS, f"--seed={seed}", out)
+    figures = run(root / "tools" / "evaluate.py", out, "--checkpoint_file=ckpt.pt")
+    with atomic(folder / "result.json") as file:
+        file.write(figures.encode())
 
 
 def run(script, *arguments):
@@ -69,13 +74,14 @@ def run(script, *arguments):
 
 def interval(differences):
     """Return the mean of the differences and half the width of its 95 % confidence interval."""
-    freedom = len(differences) - 1
-    z = 1.959964
-    t = z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+    count = len(differences)
+    freedom = count - 1
+    t = 1.96 + 2.5 / freedom  # right to 0.02 from 11 on
     if freedom <= len(T_VALUES):
         t = T_VALUES[freedom - 1]
-    error = statistics.stdev(differences) / math.sqrt(len(differences))
-    return statistics.mean(differences), t * error
+    mean = statistics.mean(differences)
+    spread = statistics.stdev(differences)
+    return mean, t * spread / math.sqrt(count)
 
 
 def verdict(differences):
@@ -83,39 +89,58 @@ def verdict(differences):
     mean, half = interval(differences)
     count = len(differences)
     if abs(mean) > half:
-        better = "B" if mean < 0 else "A"
+        better = "A"
+        if mean < 0:
+            better = "B"
         return f"{better} is better by {abs(mean):.4f} +- {half:.4f} with {count} seeds"
-    # With 80 % probability, a difference of 2.8 standard errors is seen.
-    needed = math.ceil((2.8 * statistics.stdev(differences) / smallest) ** 2)
     text = f"no difference can be seen with {count} seeds ({mean:+.4f} +- {half:.4f})"
-    if needed > count:
-        text += f"; {needed - count} more would show one of {smallest}"
+    spread = statistics.stdev(differences)
+    needed = (2.8 * spread / smallest) ** 2  # then it is seen with a probability of 80 %
+    more = math.ceil(needed) - count
+    if more > 0:
+        text += f"; {more} more would show one of {smallest}"
     return text
 
 
-@one_line_errors()
-def main(config, *variants):
-    losses = {name: [] for name in "AB"}
-    folders = {name: [] for name in "AB"}
-    for seed in range(1, seeds + 1):
-        for name in "AB" if seed % 2 else "BA":  # in turn, so that both meet a slow machine
-            root = user_path(repository) if name == "B" and repository else ROOT
-            loss, folder = measure(variants["AB".index(name)], root, seed)
-            losses[name].append(loss)
-            folders[name].append(folder)
-        print(f"seed {seed}: A {losses['A'][-1]:.4f}, B {losses['B'][-1]:.4f}", flush=True)
-    differences = [b - a for a, b in zip(losses["A"], losses["B"], strict=True)]
-    all_runs = {name: [plot.Run(folder) for folder in folders[name]] for name in "AB"}
-    seconds = {name: sum(run.lines[-1]["seconds"] for run in all_runs[name]) for name in "AB"}
-    text = f"{verdict(differences)}; B takes {seconds['B'] / seconds['A']:.2f} of the time of A"
-    print(text)
+# --- report --------------------------------------------------------------------------------------
+
+
+def seconds_of(runs):
+    """Return the time of training in seconds, without evaluation and saving."""
+    last_lines = [run.lines[-1] for run in runs]
+    return sum(line["seconds"] for line in last_lines)
+
+
+def record(*cells):
+    date = time.strftime("%Y-%m-%d")
     with open("results.tsv", "a", encoding="utf-8") as file:
-        print(time.strftime("%Y-%m-%d"), *variants, repository, text, sep="\t", file=file)
-    plot.draw(all_runs["A"] + all_runs["B"]).savefig("compare.png", dpi=110)
+        print(date, *cells, sep="\t", file=file)
+
+
+@one_line_errors()
+def main(config, first, second):
+    arguments = {"A": first, "B": second}
+    runs = {"A": [], "B": []}
+    differences = []
+    for seed in range(1, seeds + 1):
+        losses = {}
+        for name in "AB" if seed % 2 else "BA":  # in turn, so that both meet a slow machine
+            root = ROOT
+            if name == "B" and repository:
+                root = user_path(repository)
+            result, losses[name] = measure(arguments[name], root, seed)
+            runs[name].append(result)
+        print(f"seed {seed}: A {losses['A']:.4f}, B {losses['B']:.4f}", flush=True)
+        differences.append(losses["B"] - losses["A"])
+    ratio = seconds_of(runs["B"]) / seconds_of(runs["A"])
+    text = f"{verdict(differences)}; B takes {ratio:.2f} of the time of A"
+    print(text)
+    record(first, second, repository, text)
+    figure = plot.draw(runs["A"] + runs["B"])
+    figure.savefig("compare.png", dpi=110)
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 3 or "--help" in sys.argv:
-        sys.argv[1:] = ["--help"]
-    variants = [sys.argv.pop(1) for _ in range(2)] if len(sys.argv) > 2 else []
-    main(configure(globals()), *variants)
+    commands = [word for word in sys.argv[1:3] if word != "--help"]
+    sys.argv[1:3] = [] if len(commands) == 2 else ["--help"]
+    main(configure(globals()), *commands)
