@@ -10,9 +10,7 @@ Python's standard library, which `data` writes. Prints the mean loss on the vali
 distance between the best and the worst seed. An interrupted command continues when you repeat it.
 """
 
-import json
 import statistics
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -21,15 +19,15 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 from data.tokenizer import GPT2, make_tokenizer  # noqa: E402
 from data.tokens import write_dataset  # noqa: E402
+from tools.compare import measure  # noqa: E402
 
 RUN = """--device=cpu --dtype=float32 --compile=False --gradient_accumulation_steps=1 --dropout=0
-    --min_lr=0 --warmup_iters=10 --lr_schedule=linear --eval_interval=100000 --log_interval=20
-    --auto_resume=True"""
+    --min_lr=0 --warmup_iters=10 --lr_schedule=linear --log_interval=20"""
 SCALES = {
     "small": """--dataset=shakespeare_char --n_layer=4 --n_head=4 --n_embd=128 --block_size=64
-        --batch_size=12 --max_iters=200 --eval_iters=50""",
+        --batch_size=12 --max_iters=200""",
     "large": """--dataset=stdlib_bpe --n_layer=6 --n_head=5 --n_embd=160 --block_size=128
-        --batch_size=8 --max_iters=100 --eval_iters=10""",
+        --batch_size=8 --max_iters=100""",
 }
 VARIANTS = {
     "GPT-2, AdamW": "",
@@ -65,16 +63,11 @@ def write_source_code():
 
 def train(scale, name, seed):
     """Train a variant, or continue; return its loss on the validation split."""
-    folder = ROOT / "out-recipe" / f"{scale} {name} {seed}"
     variant = VARIANTS[name]
     rate = "1e-2" if "muon" in variant else "3e-3"
-    flags = f"{RUN} {SCALES[scale]} {variant} --learning_rate={rate} --seed={seed}"
-    command = [sys.executable, ROOT / "train.py", f"--out_dir={folder}"]
-    command += flags.split()
-    subprocess.run(command, stdout=subprocess.DEVNULL, check=True)
-    log = (folder / "log.jsonl").read_text(encoding="utf-8")
-    last_line = log.splitlines()[-1]
-    return json.loads(last_line)["val/loss"]
+    arguments = f"{RUN} {SCALES[scale]} {variant} --learning_rate={rate}"
+    _, loss = measure(arguments, ROOT, seed)
+    return loss
 
 
 def main():

@@ -229,6 +229,9 @@ def test_a_command_of_a_page_is_understood(monkeypatch, command):
         return
     script = importlib.import_module(name[:-3].replace("/", "."))
     monkeypatch.chdir(ROOT)
+    if name == "tools/compare.py":  # the arguments of two training commands come first
+        for _ in range(2):
+            configure(monkeypatch, train, *shlex.split(arguments.pop(0)))
     configure(monkeypatch, script, *(word for word in arguments if word != "--help"))
 
 
