@@ -114,7 +114,7 @@ def read_settings(script):
 
 
 def read_arguments(config, arguments):
-    """Set in `config` what the arguments say."""
+    """Apply the arguments to `config`."""
     words = iter(arguments)
     for word in words:
         if not word.startswith("--"):

@@ -8,7 +8,7 @@ arXiv:2005.14165, appendix B) for the optimizer; nanoGPT for parameter names and
 
 import math
 from dataclasses import dataclass
-from reprlib import repr as short  # bounds what is printed
+from reprlib import repr as short  # bounds nested values
 
 import torch
 import torch.nn.functional as F

@@ -330,7 +330,7 @@ def run(model, state, data, batches, folder, log, runtime):
 
 @one_line_errors(
     "halve --batch_size and double --gradient_accumulation_steps, which gives the same training, "
-    "or try --activation_checkpointing=True; tools/size.py shows what a step holds"
+    "or try --activation_checkpointing=True; tools/size.py lists the memory of a step"
 )
 def main(config):
     with RunFolder(config) as folder:  # locked before anything in it is read

@@ -30,7 +30,7 @@ FIXED = "vocab_size n_layer n_head n_embd bias position rms_norm tied".split()
 HISTORY = {"best_val_loss": float, "best_step": int, "bad_steps": int, "wandb_id": str}
 TEMPORARY = "*.[0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f][0-9a-f].tmp"
 # A resumed run takes these settings from its command and all others from the checkpoint. wandb's
-# are among them, because the checkpoint of a stranger must not decide what is sent where.
+# are among them, because the checkpoint of a stranger must not send anything.
 OF_THE_COMMAND = (
     "out_dir init_from eval_only auto_resume checkpoint_file new_data "
     "wandb_log wandb_project wandb_run_name"
@@ -83,7 +83,7 @@ def find_checkpoint(folder, name=None):
 
 
 def take_over(config, saved):
-    """Turn `config` into that of a resumed run and return lines on what this command changes.
+    """Turn `config` into that of a resumed run and return a line for each change by this command.
 
     Settings come from the checkpoint `saved`, unless a flag of this command sets them.
     """

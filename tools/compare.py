@@ -61,7 +61,7 @@ def train_and_evaluate(arguments, root, seed, folder):
 
 
 def run(script, *arguments):
-    """Run a script of a repository and return what it printed. UserError if it fails."""
+    """Run a script of a repository and return its output. UserError if it fails."""
     command = [sys.executable, str(script), *arguments]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
@@ -85,7 +85,7 @@ def interval(differences):
 
 
 def verdict(differences):
-    """Return in one sentence what the differences, losses of B minus losses of A, show."""
+    """Return a sentence about the differences, the losses of B minus those of A."""
     mean, half = interval(differences)
     count = len(differences)
     if abs(mean) > half:

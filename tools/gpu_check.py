@@ -34,7 +34,7 @@ TINY = (
     "--device=cpu --dtype=float32 --n_layer=2 --n_head=2 --n_embd=32 --block_size=32 "
     "--batch_size=4 --gradient_accumulation_steps=1 --seconds=1 --new_tokens=8 --eval_iters=1"
 )
-SPEED = {  # what is measured -> flags of bench.py
+SPEED = {  # measurement -> flags of bench.py
     "step, compiled": "--compile=True",
     "step, eager": "--compile=False",
     "step with the recipe, compiled": "config/modern.py --compile=True",
