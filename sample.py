@@ -138,7 +138,9 @@ def main(config):
         samples += generate(prompt, model, tokenizer)
     if out:
         with atomic(user_path(out).resolve()) as file:
-            file.writelines(json.dumps(sample).encode() + b"\n" for sample in samples)
+            file.writelines(
+                json.dumps(sample, ensure_ascii=False).encode() + b"\n" for sample in samples
+            )
 
 
 if __name__ == "__main__":

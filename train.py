@@ -181,13 +181,16 @@ def run_once(model, batches, runtime):
     model.zero_grad(set_to_none=True)
 
 
-def check_memory():
-    """Raise UserError if a step does not fit: the system would kill the process without a word."""
-    needed = batch_size * block_size * n_layer * n_embd // 10**9
-    needed *= 4 if activation_checkpointing else 36  # bytes per token, layer and channel, at least
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 10**9
-    if needed > memory:
-        raise UserError(f"a step takes {needed} GB, the machine has {memory}; lower --batch_size")
+def check_memory(runtime):
+    """Raise UserError if a step cannot fit on a CPU: the system would kill the process silently."""
+    # A step keeps at least so many bytes per token, layer and channel.
+    needed = (4 if activation_checkpointing else 36) * batch_size * block_size * n_layer * n_embd
+    if runtime.device.type == "cpu" and hasattr(os, "sysconf"):  # Windows has no sysconf
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if needed > memory:
+            raise UserError(
+                f"a step takes {needed / 1e9:.0f} of {memory / 1e9:.0f} GB; lower --batch_size"
+            )
 
 
 # --- schedule ------------------------------------------------------------------------------------
@@ -267,7 +270,9 @@ def evaluate(model, data, runtime):
         starts = tokens.evenly_spaced(block_size, eval_iters * batch_size)
         windows = batch_size * runtime.world_size  # in a forward pass, over all ranks
         total = 0.0
-        for first in tqdm(range(0, len(starts), windows), leave=False, disable=None, delay=2):
+        for first in tqdm(
+            range(0, len(starts), windows), leave=False, disable=runtime.rank > 0 or None, delay=2
+        ):
             mine = starts[first + runtime.rank : first + windows : runtime.world_size]
             # A rank without windows runs one with weight 0, because FSDP needs every rank.
             loss = loss_of(model, tokens, mine if len(mine) else starts[:1], runtime)
@@ -364,7 +369,7 @@ def main(config):
         if eval_only:
             log.evaluation(state, evaluate(state.model, data, runtime))
             return
-        check_memory()
+        check_memory(runtime)
         model = wrap(state.model, batches, runtime)
         folder.set_aside(state, saved is None, runtime)
         log.open(folder.path / "log.jsonl", state, tokens_until(state.step, config), total)

@@ -64,7 +64,7 @@ def read_checkpoint(path):
             itos = saved["tokenizer"]["itos"].items()
             saved["tokenizer"]["itos"] = {int(index): character for index, character in itos}
         if "tokenizer" not in saved:  # nanoGPT wrote it, perhaps on another machine
-            for name in ("device", "dtype", "compile"):
+            for name in "device dtype compile backend".split():
                 saved["config"].pop(name, None)
         saved["model"] = {
             re.sub(r"^(module\.|_orig_mod\.)+", "", name): weight.cpu()  # fails without content

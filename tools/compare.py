@@ -41,8 +41,14 @@ T_VALUES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.22
 
 
 def measure(arguments, root, seed):
-    """Train with these arguments and a seed, unless it is done; return the Run and its loss."""
+    """Train with these arguments and a seed, unless it is done; return the Run and its loss.
+
+    A run counts as done only if the code and the config files are the same as then.
+    """
     key = zlib.crc32(f"{arguments} {root}".encode())
+    for pattern in ("*.py", "engine/*.py", "data/*.py", "config/*.py"):
+        for path in sorted(root.glob(pattern)):
+            key = zlib.crc32(path.read_bytes(), key)
     folder = user_path(out_dir) / f"{key:08x}-{seed}"
     result = folder / "result.json"
     if not result.exists():

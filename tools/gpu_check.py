@@ -11,7 +11,6 @@ compiled and not; Muon; sampling; whether a resume gives the same bits, with and
 
 import math
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -66,7 +65,7 @@ def tiny_flags(script, flags):
 
 
 def run(script, flags):
-    """Run a script and return its output, or the last line of its error."""
+    """Run a script and return its output, or the end of its error."""
     command = [sys.executable, ROOT / script, *flags.split()]
     if dry:
         command += tiny_flags(script, flags)
@@ -129,7 +128,6 @@ def time_to_goal():
 
 @one_line_errors()
 def main(config):
-    shutil.rmtree(user_path(out_dir), ignore_errors=True)
     name = "no GPU"
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name()

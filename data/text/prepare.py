@@ -33,7 +33,7 @@ DATA = Path(__file__).resolve().parents[1]
 
 
 def is_wanted(name):
-    return name.lower().endswith(tuple(suffixes.split(",")))
+    return name.lower().endswith(tuple(suffixes.lower().split(",")))
 
 
 @one_line_errors()
