@@ -236,23 +236,25 @@ def train_step(model, state, batches, runtime):
         state.scaler.scale(loss).backward()
         mean_loss += loss.detach()
     with runtime.autocast():  # for the products of matrices in Muon
-        grad_norm = update(state)
+        return update(state, mean_loss)
+
+
+def update(state, loss):
+    """Clip the gradient and update the weights if it is finite; return loss and norm as floats.
+
+    The norm is that before clipping. The device then updates while the next step begins.
+    """
     state.step += 1
-    return mean_loss.item(), grad_norm
-
-
-def update(state):
-    """Clip the gradient and update the weights if it is finite; return its norm before clipping."""
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)
-    norm = unshard(norm).item()  # syncs the device
+    loss, norm = torch.stack((loss, unshard(norm))).tolist()  # syncs the device once per step
     is_finite = math.isfinite(norm)
     if is_finite:
         state.scaler.step(state.optimizer)
     state.scaler.update()
     # In float16 gradients overflow until the scaler has lowered its scale.
     state.bad_steps = 0 if is_finite or state.scaler.get_scale() > 1 else state.bad_steps + 1
-    return norm
+    return loss, norm
 
 
 # --- evaluation ----------------------------------------------------------------------------------

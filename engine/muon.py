@@ -49,15 +49,18 @@ def orthogonalize(matrices):
 
 
 def orthogonalize_all(batches):
-    """Return orthogonalize() of each batch of matrices, in place if ranks share the work."""
-    if not dist.is_initialized():
-        return [orthogonalize(batch) for batch in batches]
-    world_size = dist.get_world_size()
-    for batch in batches[dist.get_rank() :: world_size]:
-        batch.copy_(orthogonalize(batch))
-    for index, batch in enumerate(batches):
+    """Orthogonalize each batch of matrices in place. Ranks share the work."""
+    world_size = dist.get_world_size() if dist.is_initialized() else 1
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    by_shape = {}
+    for batch in batches[rank::world_size]:
+        by_shape.setdefault(batch.shape[1:], []).append(batch)
+    for alike in by_shape.values():  # in one call, because a GPU is slow at many small ones
+        results = orthogonalize(torch.cat(alike)).split([len(batch) for batch in alike])
+        for batch, result in zip(alike, results, strict=True):
+            batch.copy_(result)
+    for index, batch in enumerate(batches if world_size > 1 else []):
         dist.broadcast(batch, index % world_size)
-    return batches
 
 
 class Muon(torch.optim.AdamW):
@@ -78,10 +81,9 @@ class Muon(torch.optim.AdamW):
         for group in groups:
             if "parts" in group:
                 hidden += [(parameter, group) for parameter in group["params"]]
-        gradients = [self.mean_gradient(parameter, group["parts"]) for parameter, group in hidden]
-        updates = iter(orthogonalize_all(gradients))
-        for parameter, group in hidden:
-            update = next(updates)
+        updates = [self.mean_gradient(parameter, group["parts"]) for parameter, group in hidden]
+        orthogonalize_all(updates)
+        for (parameter, group), update in zip(hidden, updates, strict=True):
             longest = max(update.shape[1:])
             length = 0.2 * math.sqrt(longest)  # 0.2 per number, as with AdamW
             update = shard_like(parameter, update.flatten(0, 1))

@@ -37,8 +37,8 @@ SPEED = {  # measurement -> flags of bench.py
     "step, compiled": "--compile=True",
     "step, eager": "--compile=False",
     "step with the recipe, compiled": "config/modern.py --compile=True",
-    "sampling, 1 sample": "--new_tokens=256",
-    "sampling, 10 samples": "--new_tokens=256 --num_samples=10",
+    "sampling, 1 sample": "--new_tokens=256 --compile=False --seconds=10",
+    "sampling, 10 samples": "--new_tokens=256 --compile=False --seconds=10 --num_samples=10",
 }
 FIGURES = {  # heading -> pattern in the output of bench.py
     "tokens/s": r"([\d,]+) tokens/s",
