@@ -50,15 +50,10 @@ def rms_norm(x):
     return F.rms_norm(x, x.shape[-1:], eps=1e-6)
 
 
-class LayerNorm(nn.LayerNorm):
-    def __init__(self, ndim, bias):  # nanoGPT's arguments
-        super().__init__(ndim, bias=bias)
-
-
 def make_norm(config):
     if config.rms_norm:
         return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
-    return LayerNorm(config.n_embd, config.bias)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
 
 
 class CausalSelfAttention(nn.Module):
@@ -126,6 +121,8 @@ class GPT(nn.Module):
         layers["wte"] = nn.Embedding(config.vocab_size, config.n_embd)
         if config.position == "learned":
             layers["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            self.register_buffer("rotation", rotary_table(config), persistent=False)
         layers["h"] = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         layers["ln_f"] = make_norm(config)
         self.transformer = layers
@@ -168,23 +165,24 @@ class GPT(nn.Module):
         for each layer. With a cache, idx is either one token or begins at position 0.
         """
         config = self.config
-        positions = torch.arange(past, past + idx.size(1), device=idx.device)
+        layers = self.transformer
+        positions = slice(past, past + idx.size(1))
         rotation = None
-        x = self.transformer.wte(idx)  # (B, T, C)
+        x = layers.wte(idx)  # (B, T, C)
         if config.position == "learned":
-            x = x + self.transformer.wpe(positions)
+            x = x + layers.wpe.weight[positions]
         else:
-            rotation = rotary_table(positions, config.n_embd // config.n_head)
+            rotation = self.rotation[:, positions]
         if config.rms_norm:
             x = rms_norm(x)
         x = dropout(x, config.dropout, self.training)
         caches = cache or [None] * config.n_layer
-        for block, block_cache in zip(self.transformer.h, caches, strict=True):
+        for block, block_cache in zip(layers.h, caches, strict=True):
             if self.activation_checkpointing and self.training:
                 x = checkpoint(block, x, rotation, use_reentrant=False)
             else:
                 x = block(x, rotation, block_cache, past)
-        return self.transformer.ln_f(x)
+        return layers.ln_f(x)
 
     # --- sizes -----------------------------------------------------------------------------------
 
@@ -231,13 +229,13 @@ class GPT(nn.Module):
         """
         matrices = [p for p in self.parameters() if p.dim() >= 2]
         vectors = [p for p in self.parameters() if p.dim() < 2]
-        settings = {"lr": learning_rate, "betas": betas, "eps": eps, "fused": True}
+        settings = {
+            "lr": learning_rate, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+            "fused": True,
+        }  # fmt: skip
         if optimizer == "muon":
-            return make_muon(self.transformer.h, matrices, vectors, weight_decay, **settings)
-        groups = [
-            {"params": matrices, "weight_decay": weight_decay},
-            {"params": vectors, "weight_decay": 0.0},
-        ]
+            return make_muon(self.transformer.h, matrices, vectors, **settings)
+        groups = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
         return torch.optim.AdamW(groups, **settings)
 
     # --- weights ---------------------------------------------------------------------------------
@@ -301,7 +299,7 @@ class GPT(nn.Module):
             logits = self.lm_head(x[:, -1])
             token = next_token(logits[:, :vocab_size], temperature, top_k, top_p, generators)
             yield token
-            context = torch.cat((context, token), dim=1)
+            context = torch.hstack((context, token))
             if context.size(1) <= block_size:
                 x = self.hidden(token, cache, past=context.size(1) - 1)
             else:
@@ -310,14 +308,18 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, *args, **options):
         """Return `idx` (B, T) continued by the tokens of stream(), (B, T + max_new_tokens)."""
-        return torch.cat((idx, *self.stream(idx, max_new_tokens, *args, **options)), dim=1)
+        return torch.hstack((idx, *self.stream(idx, max_new_tokens, *args, **options)))
 
 
-def rotary_table(positions, D):
-    """Return the cosine and sine, (T, 1, D / 2) each, of the angles by which heads are rotated."""
-    frequencies = 10000 ** (-torch.arange(0, D, 2, device=positions.device) / D)
-    angles = positions[:, None, None] * frequencies
-    return angles.cos(), angles.sin()
+def rotary_table(config):
+    """Return the cosine and sine of the angles by which heads are rotated, (2, T, 1, D / 2).
+
+    On the CPU, also for a model on the meta device, because no checkpoint holds the table.
+    """
+    D = config.n_embd // config.n_head
+    frequencies = 10000 ** (-torch.arange(0, D, 2, device="cpu") / D)
+    angles = torch.arange(config.block_size, device="cpu")[:, None, None] * frequencies
+    return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x, rotation):

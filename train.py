@@ -178,7 +178,7 @@ def run_once(model, batches, runtime):
     tokens = batches(0)[0].to(runtime.device)
     with runtime.autocast():
         model(tokens[:, :-1], tokens[:, 1:], loss_only=True).backward()
-    model.zero_grad(set_to_none=True)
+    model.zero_grad()
 
 
 def check_memory(runtime):
@@ -221,7 +221,7 @@ def train_step(model, state, batches, runtime):
     ranks' losses is that of all sequences. Syncs the device.
     """
     runtime.seed(seed, state.step, runtime.rank)
-    state.optimizer.zero_grad(set_to_none=True)
+    state.optimizer.zero_grad()
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate_at(state.step)
     micro_batches = batches(state.step)
@@ -247,7 +247,8 @@ def update(state, loss):
     state.step += 1
     state.scaler.unscale_(state.optimizer)
     norm = torch.nn.utils.clip_grad_norm_(state.model.parameters(), grad_clip or math.inf)
-    loss, norm = torch.stack((loss, unshard(norm))).tolist()  # syncs the device once per step
+    numbers = torch.stack((loss, unshard(norm)))
+    loss, norm = numbers.tolist()  # syncs the device, once per step
     is_finite = math.isfinite(norm)
     if is_finite:
         state.scaler.step(state.optimizer)

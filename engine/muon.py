@@ -17,50 +17,44 @@ import torch.distributed as dist
 from engine.runtime import shard_like, unshard
 
 MOMENTUM = 0.95
-# Five odd polynomials a x + b x^3 + c x^5, one after another: singular values between 0.001 and 1
+# Five odd polynomials a x - b x^3 + c x^5, one after another: singular values between 0.001 and 1
 # come near 1 (Polar Express, arXiv:2505.16932; coefficients of modded-nanogpt).
 POLYNOMIALS = [
-    (8.156554524902461, -22.48329292557795, 15.878769915207462),
-    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
-    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
-    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
-    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    (8.156554524902461, 22.48329292557795, 15.878769915207462),
+    (4.042929935166739, 2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, 2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, 2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, 1.7097828382687081, 0.42323551169305323),
 ]
 
 
 def orthogonalize(matrices):
     """Return approximately U V^T for each of the matrices U S V^T, (N, rows, columns).
 
-    Computes in bfloat16 on GPUs, and on CPUs in the precision of autocast.
+    Products are computed in the precision of autocast.
     """
     if matrices.size(1) > matrices.size(2):
         return orthogonalize(matrices.mT).mT
-    x = matrices
-    if x.is_cuda:
-        x = x.bfloat16()
-    norm = torch.linalg.matrix_norm(x, keepdim=True)
-    x = x / (1.01 * norm + 1e-7)  # singular values below 1
+    norm = torch.linalg.matrix_norm(matrices, keepdim=True)
+    x = matrices / (1.01 * norm + 1e-7)  # singular values below 1
     for a, b, c in POLYNOMIALS:
         squares = x @ x.mT  # (N, rows, rows)
-        factor = torch.baddbmm(squares, squares, squares, beta=b, alpha=c)
+        factor = torch.baddbmm(squares, squares, squares, beta=-b, alpha=c)
         factor.diagonal(dim1=1, dim2=2).add_(a)
         x = factor @ x
     return x.type_as(matrices)
 
 
-def orthogonalize_all(batches):
-    """Orthogonalize each batch of matrices in place. Ranks share the work."""
-    world_size = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    by_shape = {}
-    for batch in batches[rank::world_size]:
-        by_shape.setdefault(batch.shape[1:], []).append(batch)
-    for alike in by_shape.values():  # in one call, because a GPU is slow at many small ones
-        results = orthogonalize(torch.cat(alike)).split([len(batch) for batch in alike])
-        for batch, result in zip(alike, results, strict=True):
-            batch.copy_(result)
-    for index, batch in enumerate(batches if world_size > 1 else []):
-        dist.broadcast(batch, index % world_size)
+def orthogonalize_together(matrices):
+    """Return orthogonalize() of the matrices (N, rows, columns). Collective: ranks share them."""
+    if not dist.is_initialized():
+        return orthogonalize(matrices)
+    world_size = dist.get_world_size()
+    mine = slice(dist.get_rank(), None, world_size)
+    matrices[mine] = orthogonalize(matrices[mine])
+    for index, matrix in enumerate(matrices):
+        dist.broadcast(matrix, index % world_size)
+    return matrices
 
 
 class Muon(torch.optim.AdamW):
@@ -77,42 +71,48 @@ class Muon(torch.optim.AdamW):
         self.param_groups = [group for group in groups if "parts" not in group]
         super().step(closure)
         self.param_groups = groups
-        hidden = []
         for group in groups:
+            by_shape = {}
             if "parts" in group:
-                hidden += [(parameter, group) for parameter in group["params"]]
-        updates = [self.mean_gradient(parameter, group["parts"]) for parameter, group in hidden]
-        orthogonalize_all(updates)
-        for (parameter, group), update in zip(hidden, updates, strict=True):
-            longest = max(update.shape[1:])
-            length = 0.2 * math.sqrt(longest)  # 0.2 per number, as with AdamW
-            update = shard_like(parameter, update.flatten(0, 1))
-            parameter.mul_(1 - group["lr"] * group["weight_decay"])
-            parameter.sub_(update, alpha=group["lr"] * length)
+                for parameter in group["params"]:
+                    by_shape.setdefault(parameter.shape, []).append(parameter)
+            for alike in by_shape.values():
+                self.update(alike, group)
 
-    def mean_gradient(self, parameter, parts):
-        """Return the mean gradient, with the newest ahead of it (Nesterov), as (parts, rows, C)."""
+    def update(self, parameters, group):
+        """Update parameters of one shape together: a GPU would wait for many small products."""
+        parts = group["parts"]
+        gradients = [g for p in parameters for g in self.mean_gradient(p).chunk(parts)]
+        updates = orthogonalize_together(torch.stack(gradients))  # (N, rows, columns)
+        longest = max(updates.shape[1:])
+        length = 0.2 * math.sqrt(longest)  # 0.2 per number, as with AdamW
+        rate = group["lr"]
+        for parameter, update in zip(parameters, updates.split(parts), strict=True):
+            update = shard_like(parameter, update.flatten(0, 1))
+            parameter.mul_(1 - rate * group["weight_decay"])
+            parameter.sub_(update, alpha=rate * length)
+
+    def mean_gradient(self, parameter):
+        """Return the mean gradient, with the newest ahead of it (Nesterov)."""
         state = self.state[parameter]
         if not state:
             state["step"] = torch.zeros(())  # AdamW's load_state_dict() expects it
             state["momentum_buffer"] = torch.zeros_like(parameter)
         mean = state["momentum_buffer"]
         mean.lerp_(parameter.grad, 1 - MOMENTUM)
-        ahead = unshard(parameter.grad.lerp(mean, MOMENTUM))
-        return ahead.unflatten(0, (parts, -1))
+        return unshard(parameter.grad.lerp(mean, MOMENTUM))
 
 
-def make_muon(blocks, matrices, vectors, weight_decay, **settings):
+def make_muon(blocks, matrices, vectors, **settings):
     """Return a Muon for the matrices of `blocks`, with AdamW for all other parameters."""
     stacked = [block.attn.c_attn.weight for block in blocks]
-    single = []
-    for block in blocks:
-        single += block.attn.c_proj.weight, block.mlp.c_fc.weight, block.mlp.c_proj.weight
-    others = [p for p in matrices if p not in {*stacked, *single}]
+    hidden = {*blocks.parameters()}
+    single = [p for p in matrices if p in hidden - {*stacked}]
+    others = [p for p in matrices if p not in hidden]
     groups = [
         {"params": stacked, "parts": 3},
         {"params": single, "parts": 1},
         {"params": others},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return Muon(groups, weight_decay=weight_decay, **settings)
+    return Muon(groups, **settings)

@@ -102,11 +102,9 @@ def start_runtime(config):
         name = torch.cuda.get_device_name(device)
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")  # TF32 for products in float32
-        # cuDNN's attention plans anew for each number of keys in generation, which takes 40 ms.
-        # Before PyTorch 2.12 it may round the dropout to sixteenths.
-        is_training = "backend" in config and not config.get("new_tokens")
-        is_exact = torch.__version__ >= "2.12" or not config.get("dropout")
-        torch.backends.cuda.enable_cudnn_sdp(is_training and is_exact)
+        # cuDNN's attention plans anew for each number of keys: 40 ms per token of a sample. In
+        # training the other ones are as fast (docs/speed.md).
+        torch.backends.cuda.enable_cudnn_sdp(False)
         torch.use_deterministic_algorithms(config.get("deterministic", False))
     if compile:
         fall_back_to_eager(rank)

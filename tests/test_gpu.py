@@ -42,7 +42,7 @@ def test_the_gpu_is_chosen_and_a_missing_one_is_refused():
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_the_recipe_on_a_gpu_learns_the_same_as_on_the_cpu(launch, tiny, compiled):
-    """Muon computes in bfloat16 there."""
+    """Muon too multiplies in bfloat16 there."""
     launch(train, *TINY, *RECIPE, "--lr_decay_iters=8", "--max_iters=8", "--out_dir=cpu")
     options = *ON_GPU, *RECIPE, f"--compile={compiled}", "--dtype=bfloat16", "--max_iters=8"
     launch(train, *options, "--out_dir=gpu")
