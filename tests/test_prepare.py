@@ -55,7 +55,7 @@ def test_shakespeare_has_nanogpts_counts_in_characters(prepare):
 
 
 @needs_shakespeare
-def test_shakespeare_has_nanogpts_counts_in_gpt2_tokens_as_own_text_too(prepare):
+def test_shakespeare_has_nanogpts_counts_in_gpt2_tokens_as_own_text_too(prepare, gpt2_files):
     out = prepare("shakespeare", f"--input={SHAKESPEARE}")
     assert "301,966 tokens" in out and "36,059 tokens" in out
     prepare("text", f"--input={SHAKESPEARE}", "--dataset=own", "--tokenizer=gpt2")
