@@ -23,7 +23,7 @@ from engine.process import reason
 Setting = namedtuple("Setting", "kinds default help")  # kinds: ["int", "None"]; help: its lines
 # An optional heading, then `name: kinds = default  # comment`.
 SETTING = re.compile(r"(?m)^(?:# .*\n)?([a-z]\w*)(?:: (.*?))? = (.*?) *(?:#.*)?$")
-# What people type, and the setting that they mean.
+# Names from other trainers, and our setting.
 OTHER_NAMES = dict(
     map(str.split, "lr learning_rate,steps max_iters,epochs max_iters,n num_samples,prompt start,"
     "length max_new_tokens,tokens max_new_tokens,layers n_layer,heads n_head".split(","))
@@ -45,7 +45,7 @@ class Config(dict):
         return self.settings[name].kinds if name in self.settings else []
 
     def assign(self, name, value, source=""):
-        """Set `name` to `value`, where 1 is a valid float and 1e4 a valid int; or note a fault."""
+        """Set `name` to `value`, or note a fault. 1 is a valid float, 1e4 a valid int."""
         kinds = self.kinds(name)
         if "float" in kinds and type(value) is int and value.bit_length() < 64:
             value = float(value)

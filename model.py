@@ -212,7 +212,7 @@ class GPT(nn.Module):
     def estimate_mfu(self, fwdbwd_per_iter, dt, peak_flops=312e12):
         """Return the model FLOPs utilization, 0..1, of `fwdbwd_per_iter` sequences in `dt` seconds.
 
-        peak_flops is the peak of the device in FLOP/s, by default that of an A100 in bfloat16.
+        peak_flops is the peak of the device in FLOP/s, by default the peak of an A100 in bfloat16.
         """
         tokens = fwdbwd_per_iter * self.config.block_size
         return self.flops_per_token() * tokens / dt / peak_flops

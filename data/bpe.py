@@ -1,4 +1,4 @@
-"""Byte-pair encodings (BPE): those of tiktoken, and those trained on the text of a dataset."""
+"""Byte-pair encodings (BPE), from tiktoken or trained on the text of a dataset."""
 
 import urllib.request
 from reprlib import repr as short  # bounds nested values

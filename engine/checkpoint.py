@@ -83,7 +83,7 @@ def find_checkpoint(folder, name=None):
 
 
 def take_over(config, saved):
-    """Turn `config` into that of a resumed run and return a line for each change by this command.
+    """Make `config` the config of a resumed run; return a line for each change by this command.
 
     Settings come from the checkpoint `saved`, unless a flag of this command sets them.
     """

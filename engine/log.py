@@ -109,7 +109,7 @@ class Log:
     def step(self, step, loss, grad_norm, lr, tokens):
         """Print and record a step and the speed since the last line. Collective.
 
-        `loss` is that of this rank, `tokens` counts those of all ranks up to this step.
+        `loss` is this rank's loss. `tokens` counts the tokens of all ranks up to this step.
         """
         runtime = self.runtime
         loss = runtime.reduce("sum", loss) / runtime.world_size

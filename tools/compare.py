@@ -4,8 +4,8 @@
     python tools/compare.py ARGUMENTS_A ARGUMENTS_B --repository=../changed  # B runs this checkout
 
 Trains A and B with each seed and measures the final models on the complete validation split. With
-the same seed both read the same sequences, so their difference has less noise than that of separate
-runs. The verdict is the mean difference with its 95 % confidence interval (Student's t). A line is
+the same seed both read the same sequences, so their difference has less noise than with separate
+seeds. The verdict is the mean difference with its 95 % confidence interval (Student's t). A line is
 added to results.tsv, and compare.png shows the curves. If interrupted, the same command continues.
 """
 
@@ -91,7 +91,7 @@ def interval(differences):
 
 
 def verdict(differences):
-    """Return a sentence about the differences, the losses of B minus those of A."""
+    """Return a sentence about the differences, each a loss of B minus the loss of A."""
     mean, half = interval(differences)
     count = len(differences)
     if abs(mean) > half:
