@@ -86,7 +86,7 @@ def read_prompts():
             yield start
 
 
-def cut(ids, tokenizer):
+def cut_at_end(ids, tokenizer):
     """Return the text of a sample up to `stop` or end-of-text, and whether it has ended there."""
     text = tokenizer.decode_bytes(ids).decode("utf-8", "replace")
     ends = [text.index(end) for end in ("<|endoftext|>", stop) if end and end in text]
@@ -113,7 +113,7 @@ def generate(prompt, model, tokenizer):
     for tokens in stream:
         for row, token in zip(rows, tokens[:, 0].tolist(), strict=True):
             row.append(token)
-        samples = [cut(row, tokenizer) for row in rows]
+        samples = [cut_at_end(row, tokenizer) for row in rows]
         if num_samples == 1:
             text = prompt + samples[0][0].rstrip("\ufffd")  # half a character
             end = max(shown, len(text) - len(stop))  # the rest may turn out to be `stop`

@@ -95,12 +95,12 @@ class Batches:
         B is at most batch_size. While the number of sequences grows, ranks may differ by one.
         """
         if step not in self.prepared:
-            self.prepared[step] = self.pool.submit(self.draw, step)
+            self.prepared[step] = self.pool.submit(self.read, step)
         batches = self.prepared[step]
-        self.prepared = {step + 1: self.pool.submit(self.draw, step + 1)}
+        self.prepared = {step + 1: self.pool.submit(self.read, step + 1)}
         return batches.result()
 
-    def draw(self, step):
+    def read(self, step):
         starts = starts_at(step, self.tokens.count, self.config)
         shares = np.array_split(starts, self.runtime.world_size)
         share = shares[self.runtime.rank]

@@ -76,13 +76,13 @@ class TokenFile:
             self.count = len(self.ids())
         if self.count <= block_size:
             raise UserError(f"{path} has {self.count} tokens, too few for block_size={block_size}")
-        self.check(self.ids()[: 2**26])  # the rest is checked when it is read
+        self.check_ids(self.ids()[: 2**26])  # the rest is checked when it is read
 
     def ids(self):
         """Return all ids as a new memory map. A map in long use counts as memory of the process."""
         return np.memmap(open(self.file, "rb", closefd=False), id_dtype(self.meta), mode="r")
 
-    def check(self, ids):
+    def check_ids(self, ids):
         if ids.max() >= self.meta["vocab_size"]:
             raise UserError(
                 f"{self.path} contains token id {ids.max()}, but the vocabulary has only "
@@ -108,5 +108,5 @@ class TokenFile:
     def windows(self, starts, length):
         """Return the ids that begin at `starts` as an int64 tensor (len(starts), length)."""
         windows = np.lib.stride_tricks.sliding_window_view(self.ids(), length)[starts]
-        self.check(windows)
+        self.check_ids(windows)
         return torch.from_numpy(windows.astype(np.int64))

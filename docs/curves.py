@@ -48,7 +48,7 @@ def train_and_kill(folder, steps):
     return kills
 
 
-def draw(left_alone, killed, kills):
+def draw_losses(left_alone, killed, kills):
     """Draw the two curves over one another, with a line at each kill."""
     figure, axes = plt.subplots(figsize=(9, 3.6), layout="constrained")
     axes.plot(*left_alone, color="0.8", linewidth=6, label="left alone")
@@ -71,7 +71,7 @@ def main():
     kills = train_and_kill(folder / "killed", left_alone[0][-1])
     killed = Run(folder / "killed").curve("loss")
     print(f"killed at steps {kills}")
-    draw(left_alone, killed, kills)
+    draw_losses(left_alone, killed, kills)
     shutil.rmtree(folder)
     if left_alone != killed:
         raise SystemExit("error: the losses differ")

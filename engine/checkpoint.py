@@ -114,10 +114,10 @@ def load_optimizer(optimizer, saved):
         for ours, theirs in zip(optimizer.param_groups, before["param_groups"], strict=True):
             for parameter, index in zip(ours["params"], theirs["params"], strict=True):
                 for name, moment in state.get(index, {}).items():
-                    optimizer.state[parameter][name] = fit(moment, parameter)
+                    optimizer.state[parameter][name] = fit_moment(moment, parameter)
 
 
-def fit(moment, parameter):
+def fit_moment(moment, parameter):
     """Return a copy of `moment` on the device and with the sharding of `parameter`.
 
     Moments of a position table that is shorter now are cut too. RuntimeError for other shapes.

@@ -142,7 +142,7 @@ def main(config, first, second):
     text = f"{verdict(differences)}; B takes {ratio:.2f} of the time of A"
     print(text)
     record(first, second, repository, text)
-    figure = plot.draw(runs["A"] + runs["B"])
+    figure = plot.draw_panels(runs["A"] + runs["B"])
     figure.savefig("compare.png", dpi=110)
 
 

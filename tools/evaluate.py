@@ -63,7 +63,7 @@ def read_ids(tokenizer, trained_on):
     tokens = TokenFile(folder / f"{split}.bin", read_meta(folder), block_size=1)
     if tokens.meta != tokenizer.meta:
         raise UserError(f"dataset {folder.name} uses a different tokenizer than the model")
-    tokens.check(tokens.ids())
+    tokens.check_ids(tokens.ids())
     return tokens.ids()
 
 

@@ -65,7 +65,7 @@ class Run:
 # --- draw ----------------------------------------------------------------------------------------
 
 
-def draw(all_runs):
+def draw_panels(all_runs):
     """Return a picture of all PANELS."""
     from matplotlib.figure import Figure
 
@@ -87,8 +87,8 @@ def draw_evaluations(all_runs, panel):
         color = f"C{number % 10}"  # as matplotlib chose for the steps
         panel.plot(*run.curve("train/loss"), "--", color=color)
         panel.plot(*run.curve("val/loss"), color=color, marker=".", label=run.name)
-        for place in run.resumes:
-            panel.axvline(place, color=color, linestyle=":")
+        for resume in run.resumes:
+            panel.axvline(resume, color=color, linestyle=":")
     panel.legend(frameon=False)
 
 
@@ -97,7 +97,7 @@ def main(config):
     all_runs = [Run(name) for name in runs.split(",")]
     path = user_path(picture)
     with atomic(path.resolve()) as file, user_error(picture, ValueError):  # an unknown format
-        draw(all_runs).savefig(file, format=path.suffix[1:], dpi=110)
+        draw_panels(all_runs).savefig(file, format=path.suffix[1:], dpi=110)
     print(f"{picture}: {runs}")
 
 
