@@ -8,8 +8,9 @@ import tiktoken.load
 from engine.process import UserError, reason
 
 # A BPE trained on the text joins bytes only within these pieces: a word with the space before it,
-# up to 3 digits, punctuation, a line break with the blanks before it, blanks. Longer pieces gave
-# higher losses (docs/course.md, step 2). Changing this changes the meaning of existing datasets.
+# up to 3 digits, punctuation, a line break with the blanks before it, blanks. The longer pieces of
+# cl100k_base gave 1.949 bits per byte instead of 1.900 (Python source, 2,048 tokens, 2026-11-25).
+# Changing this changes the meaning of existing datasets.
 WORDS = r" ?\p{L}+| ?\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s*\n|\s+(?!\S)|\s+"
 
 
