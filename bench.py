@@ -59,7 +59,7 @@ def load_tokens():
 
 
 def training_work(config, runtime):
-    """Return a function that makes a training step, its tokens, and the model."""
+    """Return a function that makes a training step, the tokens of a step, and the model."""
     tokens = load_tokens()
     runtime.say(f"data: {tokens.path.name}, {tokens.count:,} tokens")
     batches = Batches(tokens, config, runtime)
@@ -71,7 +71,7 @@ def training_work(config, runtime):
 
 
 def sampling_work(config, runtime):
-    """Return a function that generates num_samples samples, their tokens, and the model."""
+    """Return a function that generates num_samples samples, the number of tokens, and the model."""
     model = train.build_model(None, GPT2, config).eval().to(runtime.device, runtime.dtype)
     for block in model.transformer.h if runtime.compile else []:
         block.compile()

@@ -41,7 +41,8 @@ class GPTConfig:
         are_numbers = {*map(type, sizes)} == {int} and min(sizes) > 0 and self.n_layer <= 1000
         if not are_numbers or self.n_embd % (divisor * self.n_head):
             raise UserError(
-                f"n_embd must be a multiple of n_head, and of twice n_head with rotary positions; "
+                f"n_embd must be a multiple of n_head, and of twice n_head with rotary positions, "
+                f"all sizes positive integers, n_layer at most 1000; "
                 f"block_size, vocab_size, n_layer, n_head, n_embd are {short(sizes)}"
             )
 

@@ -31,16 +31,16 @@ checkpoint_file: str | None = None  # a file in out_dir; None: best.pt if there 
 # Text
 start = "\n"                    # the prompt, or FILE:PATH; empty: end-of-text, or a line break
 prompts = ""                    # instead, a file with one prompt in each line
-interactive = False             # instead, prompts that you type
+interactive = False             # instead, ask for prompts on the terminal
 num_samples = 10                # samples of each prompt; a single one is shown while it grows
 max_new_tokens = 500            # length of each
-stop = ""                       # end a sample before this text, as it ends before end-of-text
+stop = ""                       # end a sample before this text, or before end-of-text
 out = ""                        # also write the samples to this file, a JSON object in each line
 # Choice of tokens
 temperature = 0.8               # below 1 more predictable, above 1 more random; 0: the most likely
 top_k: int | None = 200         # choose among the k most likely tokens; 0 or None: all
 top_p: float | None = None      # choose among the fewest that sum to probability p; None: all
-seed = 1337                     # sample k depends on it and the prompt, not on how many are drawn
+seed = 1337                     # sample k depends only on the seed and the prompt
 # System
 device = "auto"                 # auto, cpu, cuda, cuda:1, mps
 dtype = "auto"                  # auto, float32, bfloat16, float16
@@ -126,7 +126,7 @@ def generate(prompt, model, tokenizer):
     return [{"prompt": prompt, "text": text} for text, _ in samples]
 
 
-@one_line_errors("lower --num_samples, which are generated together")
+@one_line_errors("lower --num_samples: all samples are generated together")
 def main(config):
     runtime = start_runtime(config)
     model, tokenizer, _ = load_model(config, runtime.device)

@@ -38,7 +38,7 @@ eval_interval = 2000                # steps between evaluations, each followed b
 log_interval = 1                    # steps between log lines
 eval_iters = 200                    # evaluate at most this many batches per split
 eval_only = False                   # evaluate once, write nothing, stop
-patience = 0                        # stop after so many evaluations without a best model; 0: never
+patience = 0                        # stop after so many evaluations without a new best; 0: never
 always_save_checkpoint = True       # save after each evaluation; False: only if it is the best
 sharded_save = False                # a checkpoint is a folder that all ranks write
 init_from = "scratch"               # scratch, resume, gpt2, gpt2-xl, OWNER/NAME, a folder
@@ -54,7 +54,7 @@ dataset = "openwebtext"             # name of a folder in data/
 gradient_accumulation_steps = 5 * 8 # micro-batches per step, over all processes
 batch_size = 12                     # sequences per micro-batch
 block_size = 1024                   # tokens of context
-sampling = "random"                 # windows: random, or each once per epoch: epochs
+sampling = "random"                 # windows: random, or epochs: each once per epoch
 # Model
 n_layer = 12                        # transformer blocks
 n_head = 12                         # attention heads per block
@@ -62,7 +62,7 @@ n_embd = 768                        # channels; a multiple of n_head
 dropout = 0.0                       # 0 for pretraining; try 0.1 or more on small datasets
 bias = False                        # biases in linear and normalization layers
 position = "learned"                # position encoding: learned, rotary
-rms_norm = False                    # RMSNorm, also of embeddings, queries and keys; no LayerNorm
+rms_norm = False                    # RMSNorm for LayerNorm, also of embeddings, queries, keys
 tied = True                         # one matrix is token table and head
 # Optimizer
 optimizer = "adamw"                 # adamw, or muon for the matrices of the blocks
@@ -87,7 +87,7 @@ batch_ramp_start = 0.25             # share of the full batch at step 0
 seed = 1337                         # of the initial weights, the batches and dropout
 backend = "nccl"                    # of the process group on GPUs; CPUs use gloo
 fsdp: bool | str = False            # shard weights and optimizer; hybrid: within a machine only
-activation_checkpointing = False    # keep less for the backward pass, compute blocks twice
+activation_checkpointing = False    # compute blocks twice to save memory
 deterministic = False               # on GPUs: the same bits each time, more slowly
 timeout = 600.0                     # seconds that a process waits for the others
 device = "auto"                     # auto, cpu, cuda, cuda:1, mps
@@ -162,7 +162,7 @@ def build_state(saved, data, config, runtime):
 
 
 def wrap(model, batches, runtime):
-    """Return `model`, compiled if wanted, with gradients that ranks average. Collective."""
+    """Return `model`, compiled if wanted, and in DDP if there are several ranks. Collective."""
     if runtime.compile:
         runtime.say("compiling the model, which may take minutes")
         model = torch.compile(model)
@@ -189,7 +189,8 @@ def check_memory(runtime):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if needed > memory:
             raise UserError(
-                f"a step takes {needed / 1e9:.0f} of {memory / 1e9:.0f} GB; lower --batch_size"
+                f"a step needs {needed / 1e9:.0f} GB, this machine has {memory / 1e9:.0f}; "
+                f"lower --batch_size"
             )
 
 
@@ -217,8 +218,8 @@ def learning_rate_at(step):
 def train_step(model, state, batches, runtime):
     """Make one update; return the loss of this rank's sequences and the gradient norm, floats.
 
-    The batches are a function of (seed, step), dropout of (seed, step, rank). The ranks'
-    losses have the mean of all sequences. Syncs the device.
+    The batches are a function of (seed, step), dropout of (seed, step, rank). The mean
+    of the ranks' losses is the mean over all sequences. Syncs the device.
     """
     runtime.seed(seed, state.step, runtime.rank)
     state.optimizer.zero_grad()
@@ -242,7 +243,7 @@ def train_step(model, state, batches, runtime):
 def update(state, loss):
     """Clip the gradient and update the weights if it is finite; return loss and norm as floats.
 
-    The norm is that before clipping. The device then updates while the next step begins.
+    The norm is measured before clipping. The device updates while the next step begins.
     """
     state.step += 1
     state.scaler.unscale_(state.optimizer)
@@ -301,7 +302,7 @@ def loss_of(model, tokens, starts, runtime):
 
 
 def run(model, state, data, batches, folder, log, runtime):
-    """Train to the end; return the signal that ended it early or 0, and if all is saved."""
+    """Train to the end; return the signal that stopped it, or 0, and if the last save succeeded."""
     is_saved = True
     with noted_signals() as signals:
         while True:

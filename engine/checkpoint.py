@@ -7,8 +7,8 @@
     previous/1   an older run, or states from which this run did not continue; never deleted
     .lock        locked by the process that trains here
 
-A save writes a temporary file, syncs it and renames it, first to best.pt, then to ckpt.pt. A kill
-at any moment leaves complete states under both names.
+A save writes a temporary file, syncs it and renames it to ckpt.pt, or to best.pt, which then gets
+the second name ckpt.pt. After a kill at any moment, each name belongs to a complete state.
 """
 
 import math
@@ -42,7 +42,7 @@ OF_THE_COMMAND = (
 
 
 def read_checkpoint(path):
-    """Return the checkpoint in the file or step folder `path`, a dict. Runs no code of it.
+    """Return the checkpoint in the file or step folder `path`, a dict. Never runs code from it.
 
     Tensors are read from the file when they are first used. Weights have nanoGPT's names, without
     the prefix of torch.compile. UserError if it is damaged or no checkpoint.
@@ -83,9 +83,9 @@ def find_checkpoint(folder, name=None):
 
 
 def take_over(config, saved):
-    """Make `config` the config of a resumed run; return a line for each change by this command.
+    """Fill `config` with the settings of the checkpoint; return a line for each changed setting.
 
-    Settings come from the checkpoint `saved`, unless a flag of this command sets them.
+    A flag of this command overrides the setting in the checkpoint `saved`.
     """
     changes = []
     settings = {
@@ -103,7 +103,7 @@ def take_over(config, saved):
 
 
 def load_optimizer(optimizer, saved):
-    """Fill `optimizer` with the moments of the checkpoint `saved`; the settings stay ours.
+    """Fill `optimizer` with the moments of the checkpoint `saved`; its settings stay as they are.
 
     UserError if the checkpoint has another kind of optimizer, or none.
     """
@@ -202,7 +202,7 @@ def lock(folder, advice):
     file systems without locks.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    # Neither a link, which could lead to another's file, nor a wait for a named pipe.
+    # Refuse a link, which could lead to another's file, and do not wait for a named pipe.
     flags = os.O_CREAT | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     file = os.fdopen(os.open(folder / ".lock", flags, 0o666))
     try:
@@ -301,7 +301,7 @@ class RunFolder(AbstractContextManager):
         return written == 2
 
     def write(self, content, is_best, runtime):
-        """Write a checkpoint; return 2, or print why not and return 1 for best.pt only, or 0."""
+        """Write a checkpoint; return 2, or print why not and return 1 if best.pt is new, else 0."""
         written = 0
         try:
             if self.lock_file and not os.path.samefile(

@@ -1,4 +1,4 @@
-"""Functions that model.py calls by name because they beat PyTorch's own.
+"""Functions that model.py calls by name because they are faster than PyTorch's on a CPU.
 
 Each equals PyTorch's function in value and gradient, or in distribution if it is random. To compute
 with plain PyTorch, call the function named in its docstring instead; docs/speed.md has the gains.
@@ -59,10 +59,10 @@ def dropout(x, p, training):
 
 
 def attention(q, k, v, dropout_p, is_causal):
-    """Return attention (B, T, H, D): F.scaled_dot_product_attention, which takes (B, H, T, D).
+    """Return F.scaled_dot_product_attention of q, k, v (B, T, H, D), in the same layout.
 
-    In training on a CPU it computes in float32, because PyTorch's backward pass in bfloat16 takes
-    1.6 to 5 times as long, and it uses the dropout above.
+    Training on a CPU computes in float32, because PyTorch's backward pass in bfloat16 takes
+    1.6 to 5 times as long, and with the dropout above.
     """
     q = q.transpose(1, 2)
     k = k.transpose(1, 2)

@@ -115,8 +115,8 @@ def start_runtime(config):
 def choose_device(name):
     """Return the torch.device of this process for the setting `device`, after a test allocation.
 
-    "auto" takes the GPU of this process if the machine has one for each. UserError if the device
-    cannot be used.
+    "auto" takes the GPU of this process if the machine has one for each process. UserError if the
+    device cannot be used.
     """
     if name == "auto":
         name = "cpu"
@@ -154,7 +154,7 @@ def choose_compile(setting, device):
 
 
 def fall_back_to_eager(rank):
-    """Run a function as it is if it cannot be compiled; the compiler's first warning is printed."""
+    """Run functions eagerly that cannot be compiled; the compiler's first warning is printed."""
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
     def show(record):
@@ -232,7 +232,7 @@ def shard_like(parameter, tensor):
 
 
 def gather(tree, rank):
-    """Return `tree`, of dicts and tensors, with full tensors on the CPU of rank 0. Collective."""
+    """Return `tree`, of dicts and tensors, with shards joined on the CPU of rank 0. Collective."""
     if isinstance(tree, dict):
         return {key: gather(value, rank) for key, value in tree.items()}
     if not is_sharded(tree):

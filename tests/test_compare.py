@@ -25,7 +25,7 @@ def test_the_interval_is_students():
         (
             [0.01, -0.01, 0.0],
             "no difference can be seen with 3 seeds (+0.0000 +- 0.0248); "
-            "29 more would show one of 0.005",
+            "29 more seeds would show one of 0.005",
         ),
     ],
 )

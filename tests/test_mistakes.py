@@ -88,7 +88,7 @@ NO_FILE = "(ends with .py?); a setting is given as --key=value"
         (["--max_iters=1e999"], "max_iters must be int, got inf"),
         (["--learning_rate=nan"], "learning_rate must be float, got 'nan'"),
         (["--learning_rate=1" + "0" * 400], "learning_rate must be float, got 1000..."),
-        ([*TINY, "--batch_size=2000000000"], "a step takes 73728 of ..."),
+        ([*TINY, "--batch_size=2000000000"], "a step needs 73728 GB, ..."),
         (["--learning_rate=1e999"], "learning_rate=inf must be from 0 to 2147483647"),
         (["--eval_only=1"], "eval_only must be bool, got 1"),
         (["--eval_only", "no"], f"no config file 'no' {NO_FILE}"),

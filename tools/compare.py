@@ -1,7 +1,7 @@
 """Find out whether a difference between two training commands is real, or noise of the seeds.
 
     python tools/compare.py "config/race_laptop.py" "config/race_laptop.py --tied=True" --seeds=5
-    python tools/compare.py ARGUMENTS_A ARGUMENTS_B --repository=../changed  # B runs this checkout
+    python tools/compare.py ARGUMENTS_A ARGUMENTS_B --repository=../changed  # B uses that checkout
 
 Trains A and B with each seed and measures the final models on the complete validation split. With
 the same seed both read the same sequences, so their difference has less noise than with separate
@@ -41,9 +41,9 @@ T_VALUES = [12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.22
 
 
 def measure(arguments, root, seed):
-    """Train with these arguments and a seed, unless it is done; return the Run and its loss.
+    """Train with these arguments and a seed, or find the finished run; return the Run and its loss.
 
-    A run counts as done only if the code and the config files are the same as then.
+    A finished run counts only if code and config files have not changed since.
     """
     key = zlib.crc32(f"{arguments} {root}".encode())
     for pattern in ("*.py", "engine/*.py", "data/*.py", "config/*.py"):
@@ -104,7 +104,7 @@ def verdict(differences):
     needed = (2.8 * spread / smallest) ** 2  # then it is seen with a probability of 80 %
     more = math.ceil(needed) - count
     if more > 0:
-        text += f"; {more} more would show one of {smallest}"
+        text += f"; {more} more seeds would show one of {smallest}"
     return text
 
 

@@ -29,8 +29,8 @@ from engine.runtime import PEAKS
 gpus = 1                          # processes, with one GPU each
 gpu = "A100"                      # a card, such as H100 or RTX 4090, or cpu
 gpu_memory = 80.0                 # GB of each
-mfu: float | None = None          # share of its peak that you expect; None: 0.4, on a CPU 0.8
-price = 0.0                       # of an hour of each, in your currency
+mfu: float | None = None          # expected share of its peak; None: 0.4, on a CPU 0.8
+price = 0.0                       # of one GPU per hour, in your currency
 
 ALLOWED = {"gpus": (1, 1_000_000), "gpu": ["cpu", *PEAKS], "init_from": ["scratch"]}
 
@@ -121,7 +121,7 @@ def report(title, figures):
 
 
 def report_memory(model, config, number_bytes):
-    """Print the bytes of a step, and if it fits; also with the setting that saves activations."""
+    """Print the bytes of a step, and if it fits, with and without activation checkpointing."""
     report("Bytes of a step in each process", memory(model, config, number_bytes))
     for recompute in (False, True):
         changed = config | {"activation_checkpointing": recompute}
