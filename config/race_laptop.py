@@ -3,7 +3,7 @@
 # reaches 1.58.
 out_dir = "out-race-laptop"
 eval_interval = 1000000  # before and after
-eval_iters = 37  # 37 x 48 windows: the whole validation split
+eval_iters = 37  # 37 x 48 windows: the complete validation split
 log_interval = 20
 always_save_checkpoint = False
 
