@@ -167,7 +167,7 @@ def wrap(model, batches, runtime):
         runtime.say("compiling the model, which may take minutes")
         model = torch.compile(model)
     if runtime.world_size > 1 and not fsdp:
-        model = DistributedDataParallel(model)
+        model = DistributedDataParallel(model, broadcast_buffers=False)
     if runtime.compile or runtime.world_size > 1:
         run_once(model, batches, runtime)  # compiles; DDP orders its sums in the first pass
     return model
