@@ -79,10 +79,10 @@ def activation_bytes(shape, number_bytes):
 def memory(model, config, number_bytes):
     """Return {part: bytes} of a training step in each process. Their sum estimates the peak.
 
-    On an H200 a step of GPT-2 124M took 6.8 GiB compiled and 12.5 GiB eager (2026-11-27). This
-    estimates 9.3 GiB for both. Not counted: masks of dropout, attention weights with dropout on a CPU, and the blocks that FSDP
-    gathers for a moment. A CPU process also holds Python and PyTorch, about 0.35 GB, and freed
-    memory that the C library keeps in pieces.
+    On an H200 a step of GPT-2 124M took 6.8 GiB compiled and 12.5 GiB eager (2026-11-27); the
+    estimate is 9.3 GiB. Not counted: masks of dropout, attention weights with dropout on a CPU, and
+    the blocks that FSDP gathers for a moment. A CPU process also holds Python and PyTorch, about
+    0.35 GB, and freed memory that the C library keeps in pieces.
     """
     shape = model.config
     weights, moments = state_bytes(model, config)
