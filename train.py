@@ -359,16 +359,18 @@ def main(config):
         if runtime.reduce("min", state.step) != runtime.reduce("max", state.step):
             raise UserError("the machines resume from different steps: they must share out_dir")
         total = tokens_until(max_iters, config)
-        about = [
-            *changes,
-            f"hardware: {runtime.about}",
-            f"data: {dataset}, {batches.tokens.count:,} tokens, {data['val'].count:,} to validate",
-            f"model: {state.model.get_num_params():,} parameters",
-            f"steps: {state.step} to {max_iters}, {total / batches.tokens.count:.2f} epochs"
-            f"{', may overfit: try --patience=2' if total > 20 * batches.tokens.count else ''}"
-            f"{', all of them warm-up' if decay_lr and warmup_iters >= max_iters > 0 else ''}",
-        ]
-        runtime.say("\n".join(about))
+        epochs = total / batches.tokens.count
+        runtime.say(
+            "\n".join([
+                *changes,
+                f"hardware: {runtime.about}",
+                f"data: {dataset}, {batches.tokens.count:,} tokens, "
+                f"{data['val'].count:,} to validate",
+                f"model: {state.model.get_num_params():,} parameters",
+                f"steps: {state.step} to {max_iters}, {epochs:.2f} epochs"
+                f"{', may overfit: try --patience=2' if not patience and epochs > 20 else ''}",
+            ])
+        )
         log = Log(state.model, config, runtime)
         if eval_only:
             log.evaluation(state, evaluate(state.model, data, runtime))
@@ -379,8 +381,8 @@ def main(config):
         log.open(folder.path / "log.jsonl", state, tokens_until(state.step, config), total)
         stopped, is_saved = run(model, state, data, batches, folder, log, runtime)
     runtime.say(
-        f"{folder.path} keeps step {folder.saved_step} and the best, step {state.best_step} with "
-        f"val loss {state.best_val_loss:.4f}"
+        f"{state.step} of {max_iters} steps done; {folder.path} keeps step {folder.saved_step} "
+        f"and the best, step {state.best_step} with val loss {state.best_val_loss:.4f}"
     )
     if stopped or not is_saved:
         raise SystemExit(128 + stopped if is_saved else 1)

@@ -227,7 +227,8 @@ def test_the_newest_and_the_best_state_are_kept(launch, tiny, monkeypatch, alway
     out = launch(
         train, *TINY, "--max_iters=4", "--eval_interval=1", f"--always_save_checkpoint={always}"
     )
-    assert out.splitlines()[-1] == ("out keeps step 4 and the best, step 2 with val loss 1.0000")
+    last = "4 of 4 steps done; out keeps step 4 and the best, step 2 with val loss 1.0000"
+    assert out.splitlines()[-1] == last
     assert files("out") == ["best.pt", "ckpt.pt", "log.jsonl"]
     best, newest = load("out/best.pt"), load("out/ckpt.pt")
     assert (best["iter_num"], newest["iter_num"]) == (2, 4)

@@ -21,11 +21,11 @@ def test_the_interval_is_students():
     [
         ([-0.012, -0.010, -0.014], "B is better by 0.0120 +- 0.0050 with 3 seeds"),
         ([0.012, 0.010, 0.014], "A is better by 0.0120 +- 0.0050 with 3 seeds"),
-        ([0.0, 0.0], "no difference can be seen with 2 seeds (+0.0000 +- 0.0000)"),
+        ([0.0, 0.0], "no difference can be seen with 2 seeds (B - A = +0.0000 +- 0.0000 nats)"),
         (
             [0.01, -0.01, 0.0],
-            "no difference can be seen with 3 seeds (+0.0000 +- 0.0248); "
-            "29 more seeds would show one of 0.005",
+            "no difference can be seen with 3 seeds (B - A = +0.0000 +- 0.0248 nats); "
+            "29 more seeds would be needed to see a difference of 0.005",
         ),
     ],
 )
@@ -53,7 +53,10 @@ def test_equal_commands_do_not_differ_and_finished_runs_are_kept(tiny, monkeypat
     assert ran == ["train.py", "evaluate.py"] * 4
     compare.main({}, command, f"{command} --learning_rate=0.0006")
     assert len(ran) == 8 and (tiny / "compare.png").stat().st_size > 0
-    assert "no difference can be seen with 2 seeds (+0.0000 +- 0.0000)" in capsys.readouterr().out
+    assert (
+        "no difference can be seen with 2 seeds (B - A = +0.0000 +- 0.0000 nats)"
+        in capsys.readouterr().out
+    )
     assert len((tiny / "results.tsv").read_text().splitlines()) == 2
 
 

@@ -99,12 +99,12 @@ def verdict(differences):
         if mean < 0:
             better = "B"
         return f"{better} is better by {abs(mean):.4f} +- {half:.4f} with {count} seeds"
-    text = f"no difference can be seen with {count} seeds ({mean:+.4f} +- {half:.4f})"
+    text = f"no difference can be seen with {count} seeds (B - A = {mean:+.4f} +- {half:.4f} nats)"
     spread = statistics.stdev(differences)
     needed = (2.8 * spread / smallest) ** 2  # then it is seen with a probability of 80 %
     more = math.ceil(needed) - count
     if more > 0:
-        text += f"; {more} more seeds would show one of {smallest}"
+        text += f"; {more} more seeds would be needed to see a difference of {smallest}"
     return text
 
 
@@ -135,6 +135,7 @@ def main(config, first, second):
             if name == "B" and repository:
                 root = user_path(repository)
             result, losses[name] = measure(arguments[name], root, seed)
+            result.name = f"{name}, seed {seed}"
             runs[name].append(result)
         print(f"seed {seed}: A {losses['A']:.4f}, B {losses['B']:.4f}", flush=True)
         differences.append(losses["B"] - losses["A"])

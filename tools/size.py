@@ -135,7 +135,8 @@ def report_run(model, config, peak):
     """Print tokens, epochs, time and price at a peak in TFLOP/s."""
     tokens = tokens_until(config["max_iters"], config)
     rate = gpus * peak * 1e12 / model.flops_per_token()
-    rate *= mfu or (0.8 if gpu == "cpu" else 0.4)
+    share = mfu or (0.8 if gpu == "cpu" else 0.4)
+    rate *= share
     run = {"FLOPs per token, 6 N + 12 L C T": model.flops_per_token(), "tokens": tokens}
     path = train.ROOT / "data" / config["dataset"] / "train.bin"
     if path.exists():
@@ -144,7 +145,7 @@ def report_run(model, config, peak):
     run["hours"] = tokens / rate / 3600
     run["price"] = run["hours"] * gpus * price
     run["bytes of a checkpoint"] = sum(state_bytes(model, config))
-    report("Run", run)
+    report(f"Run, at {share:.0%} of the peak speed (--mfu)", run)
 
 
 def cpu_tflops():
@@ -159,7 +160,8 @@ def main(config):
     model = build(config)
     is_float32 = gpu == "cpu" or config["dtype"] == "float32"
     peak = cpu_tflops() if gpu == "cpu" else PEAKS[gpu][is_float32]
-    report("Parameters", parameters(model) | {"all but wpe": model.get_num_params()})
+    counts = parameters(model) | {"all but wpe": model.get_num_params()}
+    report("Parameters, added up over the blocks", counts)
     report_memory(model, config, 4 if is_float32 else 2)
     report_run(model, config, peak)
 
