@@ -218,8 +218,8 @@ def learning_rate_at(step):
 def train_step(model, state, batches, runtime):
     """Make one update; return the loss of this rank's sequences and the gradient norm, floats.
 
-    The batches are a function of (seed, step), dropout of (seed, step, rank). The mean
-    of the ranks' losses is the mean over all sequences. Syncs the device.
+    The batches are a function of (seed, step), dropout of (seed, step, rank). The mean of the
+    ranks' losses is the mean over all sequences. Syncs the device.
     """
     runtime.seed(seed, state.step, runtime.rank)
     state.optimizer.zero_grad()

@@ -61,8 +61,8 @@ def dropout(x, p, training):
 def attention(q, k, v, dropout_p, is_causal):
     """Return F.scaled_dot_product_attention of q, k, v (B, T, H, D), in the same layout.
 
-    Training on a CPU computes in float32, because PyTorch's backward pass in bfloat16 takes
-    1.6 to 5 times as long, and with the dropout above.
+    On a CPU, training computes in float32, because PyTorch's backward pass in bfloat16 takes 1.6 to
+    5 times as long. The weights are dropped by the dropout above.
     """
     q = q.transpose(1, 2)
     k = k.transpose(1, 2)
